@@ -1,0 +1,1 @@
+"""The libraries that kvc runs on: NumPy (definitions only), MLX and PyTorch."""

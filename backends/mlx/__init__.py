@@ -1,0 +1,1 @@
+"""MLX and mlx-lm: Apple silicon through Metal shaders, and the CPU."""

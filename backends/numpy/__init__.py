@@ -1,0 +1,1 @@
+"""NumPy: the definitions in float64, against which the others are tested."""

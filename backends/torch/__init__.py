@@ -1,0 +1,1 @@
+"""PyTorch and transformers: the primitives, the cache adapter and the engine."""

@@ -1,0 +1,1 @@
+"""kvc: small KV caches for language models, on MLX and PyTorch."""

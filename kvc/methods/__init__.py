@@ -1,0 +1,1 @@
+"""The methods: frozen dataclasses whose fields are the hyper-parameters of the papers."""

@@ -1,0 +1,1 @@
+"""What the methods compute, as definitions that a kernel may stand in for."""
