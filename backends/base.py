@@ -7,10 +7,15 @@ MLX and torch and are used bare. Only what differs is a verb here.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from kvc.methods.base import Method
+    from kvc.store.store import KVStore
 
 Array = (
     Any  # numpy.ndarray, mlx.core.array or torch.Tensor: kvc never imports what the user has not
@@ -92,3 +97,59 @@ def ops_of(x: Array) -> Ops:
 def ops_named(name: str) -> Ops:
     """The verbs of a library by its name: `numpy`, `mlx` or `torch`."""
     return cast("Ops", importlib.import_module(f"kvc.backends.{name}.ops"))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a model that a cache depends on; `layer_kinds` says what each layer keeps."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    dtype_bytes: int
+    layer_kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One generated token, and the text that it completed."""
+
+    text: str
+    token: int
+
+
+class Engine(Protocol):
+    """A loaded model with its tokenizer, run by its own library."""
+
+    name: str
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the model was made for, if its config says so."""
+
+    def encode(self, text: str, chat: bool = False) -> list[int]:
+        """Token ids of a text, or of a conversation of which it is the first message."""
+
+    def make_cache(self, method: Method, prefill: str = "exact") -> Any:
+        """The cache that the library's own generation loop takes."""
+
+    def store(self, cache: Any) -> KVStore:
+        """The store behind such a cache."""
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        cache: Any,
+        *,
+        max_tokens: int,
+        temp: float,
+        top_p: float,
+        seed: int | None,
+        prefill_step: int,
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> Iterator[Piece]:
+        """Generates; `on_prefill(done, total)` hears of every piece of the prompt."""
+
+    def peak_memory(self) -> int:
+        """The most bytes that were held at a time, by the device or the process."""

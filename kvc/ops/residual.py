@@ -1,0 +1,97 @@
+"""What quantization leaves: outliers kept exactly, and a low-rank fit of the error.
+
+GEAR (Kang et al. 2024, arXiv:2403.05527): X is about D + L + S.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import NamedTuple
+
+import numpy as np
+
+from kvc.backends.base import Array, ops_of
+from kvc.ops.quant import Role
+
+
+class LowRank(NamedTuple):
+    """A C^T for each head."""
+
+    a: Array  # [B, H, n, r]
+    c: Array  # [B, H, D, r]
+
+
+class Outliers(NamedTuple):
+    """Entries that are exact: their places, and what must be added to D + L there."""
+
+    index: Array  # keys [B, H, D, 2k] tokens of the block; values [B, n, 2k] channels of all heads
+    delta: Array  # the same shape
+
+
+def outlier_count(fraction: float, n: int) -> int:
+    """Entries kept on each side of a row of `n`; floor of fraction * n / 2, in decimal."""
+    return int(Decimal(str(fraction)) * n / 2)
+
+
+def rows(x: Array, role: Role) -> Array:
+    """The rows outliers are chosen in: keys [B, H, D, n]; values [B, n, H * D]."""
+    B, H, n, D = x.shape
+    return x.swapaxes(-1, -2) if role == "k" else x.swapaxes(1, 2).reshape(B, n, H * D)
+
+
+def unrows(x: Array, shape: tuple[int, ...], role: Role) -> Array:
+    """Back to [B, H, n, D] from the shape of `rows`."""
+    B, H, n, D = shape
+    return x.swapaxes(-1, -2) if role == "k" else x.reshape(B, n, H, D).swapaxes(1, 2)
+
+
+def find_outliers(x: Array, role: Role, fraction: float) -> Array | None:
+    """Places of the k smallest and the k largest entries of each row; None where k is 0."""
+    xp = ops_of(x)
+    r = rows(x, role)
+    k = outlier_count(fraction, r.shape[-1])
+    if k == 0:
+        return None
+    low = xp.top_k(-r, k)
+    # the largest are sought among the rest, else a constant row would list a place twice
+    taken = xp.put_along_axis(r, low, xp.take_along_axis(r, low, -1) * 0 - np.inf, -1)
+    return xp.concat([low, xp.top_k(taken, k)], -1)
+
+
+def fill(x: Array, index: Array, role: Role) -> Array:
+    """`x` with its outliers replaced by the mean of their row."""
+    xp = ops_of(x)
+    r = rows(x, role)
+    mean = xp.mean(r, -1, keepdims=True)
+    filled = xp.put_along_axis(r, index, xp.broadcast_to(mean, index.shape) * 1, -1)
+    return unrows(filled, x.shape, role)
+
+
+def add_rows(x: Array, outliers: Outliers, role: Role) -> Array:
+    """`x` with the deltas added at their places."""
+    xp = ops_of(x)
+    r = rows(x, role)
+    delta = xp.astype(outliers.delta, r.dtype)
+    return unrows(xp.add_along_axis(r, outliers.index, delta, -1), x.shape, role)
+
+
+def start(
+    seed: int, layer: int, role: Role, chunk: int, heads: int, head_dim: int, rank: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """The seeded start of the power iteration, [H, D, r], equal on every backend."""
+    rng = np.random.default_rng([seed, layer, 0 if role == "k" else 1, chunk])
+    return rng.standard_normal((heads, head_dim, max(16, rank)))[..., :rank]
+
+
+def power_iteration(e: Array, c0: Array, n_iter: int) -> LowRank:
+    """E is about A C^T with A orthonormal, so A C^T = A A^T E is a projection of E.
+
+    Shapes: e [B, H, n, D]; c0 [H, D, r] with r at most min(n, D).
+    """
+    xp = ops_of(e)
+    c = xp.broadcast_to(c0, (*e.shape[:2], *c0.shape[1:]))
+    a = e @ c
+    for i in range(n_iter):
+        a = xp.orthonormal(e @ (xp.orthonormal(c) if i else c))
+        c = e.swapaxes(-1, -2) @ a
+    return LowRank(a, c)
