@@ -37,6 +37,8 @@ def attend_dense(
     xp = ops_of(q)
     B, Hq, L, D = q.shape
     H, T = k.shape[1], k.shape[2]
+    if T == 0:  # a row that has had nothing but padding so far
+        return Partial(xp.promote(q) * 0, xp.promote(q)[..., 0] * 0 - np.inf)
     q = xp.promote(q).reshape(B, H, Hq // H * L, D)
     scores = (q @ xp.promote(k).swapaxes(-1, -2)) * scale
     scores = scores.reshape(B, H, Hq // H, L, T)

@@ -1,0 +1,169 @@
+"""Runs a model with mlx-lm: its loader, tokenizer, samplers and generation loop."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.sample_utils import make_sampler
+
+from kvc.backends.base import ModelShape, Piece
+from kvc.backends.mlx.cache import make_cache, model_fit
+from kvc.backends.mlx.entry import KVCEntry, name_of
+from kvc.errors import BackendError, ConfigError
+from kvc.methods import Method
+from kvc.store.store import KVStore
+
+DTYPES = ("float16", "bfloat16", "float32")
+_CONTEXT = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+
+
+class Engine:
+    """A loaded model, its tokenizer, and how to run them."""
+
+    name = "mlx"
+
+    def __init__(self, model: Any, tokenizer: Any, config: dict[str, Any]) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.config = config.get("text_config") or config
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the model was made for, if its config says so."""
+        found = (self.config.get(key) for key in _CONTEXT)
+        return next((n for n in found if isinstance(n, int)), None)
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes that a cache depends on.
+
+        Raises:
+            ConfigError: If the model cannot take our cache.
+        """
+        fit = model_fit(self.model)
+        heads = (self.config.get(key) for key in ("num_attention_heads", "n_head", "n_heads"))
+        return ModelShape(
+            n_layers=len(fit.layer_kinds),
+            n_heads=next((n for n in heads if isinstance(n, int)), fit.n_kv_heads),
+            n_kv_heads=fit.n_kv_heads,
+            head_dim=fit.head_dim,
+            dtype_bytes=fit.dtype_bytes,
+            layer_kinds=fit.layer_kinds,
+        )
+
+    def encode(self, text: str, chat: bool = False) -> list[int]:
+        """Token ids of a text, or of a conversation of which it is the first message.
+
+        Raises:
+            ConfigError: If the model has no chat template.
+        """
+        if not chat:
+            return list(self.tokenizer.encode(text))
+        if not self.tokenizer.has_chat_template:
+            raise ConfigError(f"{name_of(self.model)}: the tokenizer has no chat template")
+        messages = [{"role": "user", "content": text}]
+        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+    def make_cache(self, method: Method, prefill: str = "exact") -> list[Any]:
+        """A prompt cache that keeps its tokens as `method` says."""
+        return make_cache(self.model, method, prefill)
+
+    def store(self, cache: Sequence[Any]) -> KVStore:
+        """The store under a prompt cache."""
+        return next(entry.store for entry in cache if isinstance(entry, KVCEntry))
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        cache: Sequence[Any] | None = None,
+        *,
+        max_tokens: int = 256,
+        temp: float = 0.0,
+        top_p: float = 0.0,
+        seed: int | None = None,
+        prefill_step: int = 2048,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Piece]:
+        """The continuation of `ids`, piece by piece; `cache` is filled on the way.
+
+        Args:
+            ids: The prompt, less what is in the cache already.
+            cache: From `make_cache`; None takes the library's own.
+            max_tokens: How many tokens to generate at most.
+            temp: Of the samples; 0 takes the likeliest token.
+            top_p: Samples come from the likeliest tokens with this much probability together.
+            seed: Of the samples.
+            prefill_step: How many tokens of the prompt to process at a time.
+            on_prefill: Called with the tokens of the prompt done so far, and their number.
+        """
+        if seed is not None:
+            mx.random.seed(seed)
+        pieces = mlx_lm.stream_generate(
+            self.model,
+            self.tokenizer,
+            list(ids),
+            max_tokens=max_tokens,
+            sampler=make_sampler(temp, top_p),
+            prompt_cache=cache,
+            prefill_step_size=prefill_step,
+            prompt_progress_callback=on_prefill,
+        )
+        for piece in pieces:
+            yield Piece(piece.text, piece.token)
+
+    def peak_memory(self) -> int:
+        """Bytes that MLX held at most."""
+        return int(mx.get_peak_memory())
+
+
+def load(path: str | Path, device: str | None = None, dtype: str | None = None) -> Engine:
+    """Load a model from a folder, or by its name on the Hugging Face Hub.
+
+    Args:
+        path: The folder or the name.
+        device: Unused: MLX has one device per machine.
+        dtype: "float16", "bfloat16" or "float32". Without it weights stay as saved, and become
+            float32 where MLX runs on a CPU, whose half-precision kernels are slow.
+
+    Raises:
+        BackendError: If there is no such model, or mlx-lm cannot load it.
+    """
+    if dtype not in (None, *DTYPES):
+        raise BackendError(f"mlx: expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
+    folder = Path(path).expanduser()
+    if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~"))):
+        raise BackendError(f"mlx: there is no model at {path}")
+    try:
+        model, tokenizer, config = mlx_lm.load(
+            str(folder) if folder.exists() else str(path), return_config=True
+        )
+    except Exception as error:  # the hub, the parsers and mlx-lm raise whatever they like
+        why = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise BackendError(
+            f"mlx: cannot load a model from {path}: {type(error).__name__}: {why[:300]}"
+        ) from error
+    _check_rope(model, config)
+    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
+        dtype = "float32"
+    if dtype is not None:
+        model.set_dtype(getattr(mx, dtype))
+    return Engine(model, tokenizer, config)
+
+
+def _check_rope(model: Any, config: dict[str, Any]) -> None:
+    """Warn where transformers wrote `rope_theta` and mlx-lm does not read it."""
+    text = config.get("text_config") or config
+    theta = (text.get("rope_parameters") or {}).get("rope_theta")
+    reads = inspect.signature(inspect.getmodule(type(model)).ModelArgs).parameters  # type: ignore[union-attr]
+    if theta is None or "rope_theta" in text or "rope_parameters" in reads:
+        return
+    warnings.warn(
+        f"config.json has rope_theta only inside rope_parameters, where mlx-lm does not look: "
+        f'expect poor text; add "rope_theta": {theta} at its top level',
+        stacklevel=3,
+    )

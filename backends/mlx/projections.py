@@ -1,0 +1,62 @@
+"""Key and value projections that need not run: a sharing layer reads another layer's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from kvc.backends.mlx.entry import library_entries
+
+FUSED = "q, k and v are one matrix in this model: the projections still run"
+
+
+class Zeros(nn.Module):
+    """Stands for a projection that nobody reads: zeros that take no memory."""
+
+    def __init__(self, n_out: int) -> None:
+        super().__init__()
+        self.n_out = n_out
+
+    def __call__(self, x: Any) -> Any:
+        """Shapes: x [..., D]; returns [..., n_out]."""
+        return mx.broadcast_to(mx.zeros((), x.dtype), (*x.shape[:-1], self.n_out))
+
+
+def free_projections(model: Any, layers: Collection[int]) -> str | None:
+    """Free `k_proj` and `v_proj` of layers that read another layer's tokens.
+
+    MLX is lazy and never runs them anyway; this gives back the memory of their weights, for good.
+
+    Args:
+        model: The language model.
+        layers: The layers as `kvc.backends.mlx.entry.sharers` gives them.
+
+    Returns:
+        Why nothing was freed; None if it was.
+    """
+    if len(library_entries(model)) != len(model.layers):
+        return "entries of the cache and layers of the model do not match: nothing is freed"
+    found = {i: _attention_of(model.layers[i]) for i in layers}
+    if any(module is None for module in found.values()):
+        return FUSED
+    for module in found.values():
+        for name in ("k_proj", "v_proj"):
+            linear = getattr(module, name)
+            if not isinstance(linear, Zeros):
+                setattr(module, name, Zeros(linear.weight.shape[0]))
+    vars(model)["_kvc_freed"] = freed_layers(model) | set(layers)
+    return None
+
+
+def freed_layers(model: Any) -> frozenset[int]:
+    """The layers whose projections are freed."""
+    return frozenset(vars(model).get("_kvc_freed", ()))
+
+
+def _attention_of(block: Any) -> Any:
+    """The module in a layer that has separate key and value projections; None if there is none."""
+    modules = [m for _, m in block.named_modules() if "k_proj" in m and "v_proj" in m]
+    return modules[0] if len(modules) == 1 else None

@@ -1,0 +1,274 @@
+"""Loads a model with transformers and runs it for the command line, one sequence at a time."""
+
+import contextvars
+import queue
+import resource
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation.streamers import BaseStreamer
+
+from kvc.backends.base import ModelShape, Piece
+from kvc.backends.torch.cache import KVCCache, make_cache
+from kvc.errors import BackendError, ConfigError
+from kvc.methods import Method
+from kvc.store.store import KVStore
+
+OnPrefill = Callable[[int, int], None]
+
+
+def load(path: str, device: str, dtype: str | None = None) -> "Engine":
+    """Load a causal language model and its tokenizer from a folder or the hub.
+
+    Args:
+        path: A folder with `config.json`, or the name of a repository.
+        device: "cpu" or "cuda".
+        dtype: "float32", "float16" or "bfloat16"; by default what the model was saved in. On a
+            CPU the half-precision types are slow, and the weights are loaded as float32.
+
+    Raises:
+        BackendError: If there is no such model or no GPU.
+        ConfigError: If the model is not a causal language model, or the dtype is unknown.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            f"kvc: torch {torch.__version__} sees no GPU; install a CUDA build "
+            "on a machine with an NVIDIA GPU, or use the cpu backend"
+        )
+    folder = Path(path).expanduser()
+    if path.startswith(("/", ".", "~")) and not (folder / "config.json").is_file():
+        raise BackendError(f"kvc: no model in {path!r}: there is no {folder / 'config.json'}")
+    wanted = getattr(torch, dtype, None) if dtype else None
+    if dtype and wanted not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(f"kvc: dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    try:
+        path = str(folder) if folder.is_dir() else path
+        config = AutoConfig.from_pretrained(path)
+        wanted = wanted or config.get_text_config(decoder=True).dtype or torch.float32
+        wanted = torch.float32 if device == "cpu" else wanted
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ConfigError(
+                f"kvc: {path} is a {config.model_type} model, not a causal language model"
+            )
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=wanted)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise BackendError(f"kvc: cannot load a model from {path!r}: {first}") from error
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"kvc: transformers cannot load {path!r}: {first}") from error
+    return Engine(model.to(device).eval(), tokenizer, device)
+
+
+class Engine:
+    """A model, its tokenizer and what the command line asks of them."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        config = model.config.get_text_config(decoder=True)
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        n_heads = config.num_attention_heads
+        kinds = (
+            "full_attention"
+            if type(layer) is DynamicLayer
+            else "sliding_attention"
+            if getattr(layer, "is_sliding", False)
+            else "linear_attention"
+            for layer in DynamicCache(config=config).layers
+        )
+        self.shape = ModelShape(
+            n_layers=config.num_hidden_layers,
+            n_heads=n_heads,
+            n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
+            dtype_bytes=model.dtype.itemsize,
+            layer_kinds=tuple(kinds),
+        )
+
+    def encode(self, text: str, chat: bool = False) -> list[int]:
+        """Token ids of a text, or of the model's chat template around it.
+
+        Raises:
+            ConfigError: If a chat was asked for and the model has no template.
+        """
+        if not chat:
+            return list(self.tokenizer(text).input_ids)
+        if not self.tokenizer.chat_template:
+            raise ConfigError("kvc: this model has no chat template; leave out chat")
+        messages = [{"role": "user", "content": text}]
+        return list(
+            self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+        )
+
+    def make_cache(self, method: Method, prefill: str = "exact") -> KVCCache:
+        """A cache for this model."""
+        return make_cache(self.model, method, prefill)
+
+    def store(self, cache: KVCCache) -> KVStore:
+        """The store behind a cache."""
+        return cache.store
+
+    def peak_memory(self) -> int:
+        """The most bytes held so far: on the device, or by the process where there is none."""
+        if self.name == "cuda":
+            return torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        cache: KVCCache,
+        *,
+        max_tokens: int = 256,
+        temp: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        prefill_step: int = 2048,
+        on_prefill: OnPrefill | None = None,
+    ) -> Iterator[Piece]:
+        """Generate from `ids`; yields each token with the text that it completes.
+
+        Generation runs in a thread of its own. Its errors are raised here, and closing this
+        iterator (as Ctrl-C does) stops it before the next forward pass.
+        """
+        if seed is not None:
+            torch.manual_seed(seed)
+        config = self._generation_config(
+            max_tokens, temp, top_p, chunk_size(len(ids), prefill_step)
+        )
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def after_forward(*_: Any) -> None:
+            if stop.is_set():
+                raise _Stopped
+            events.put(("prefill", min(cache.get_seq_length(), len(ids))))
+
+        def work() -> None:
+            hook = self.model.register_forward_hook(after_forward)
+            try:
+                inputs = torch.tensor([list(ids)], device=self.model.device)
+                self.model.generate(
+                    inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    past_key_values=cache,
+                    generation_config=config,
+                    streamer=_Tokens(events),
+                )
+                events.put(("end", None))
+            except _Stopped:
+                pass
+            except BaseException as error:  # raised again in the caller's thread
+                events.put(("error", error))
+            finally:
+                hook.remove()
+
+        # The thread sees the caller's context variables, such as the choice of kernels.
+        run = contextvars.copy_context().run
+        thread = threading.Thread(target=run, args=(work,), daemon=True)
+        thread.start()
+        text = _Text(self.tokenizer)
+        n_prefilled = 0
+        try:
+            while True:
+                kind, value = events.get()
+                if kind == "token":
+                    yield Piece(text.add(value), value)
+                elif kind == "error":
+                    raise value
+                elif kind == "end":
+                    return
+                elif on_prefill is not None and value > n_prefilled:
+                    n_prefilled = value
+                    on_prefill(value, len(ids))
+        finally:
+            stop.set()
+            thread.join()
+
+    def _generation_config(
+        self, max_tokens: int, temp: float, top_p: float, chunk: int
+    ) -> GenerationConfig:
+        """Our settings alone; of the model's own only the special tokens count."""
+        own = self.model.generation_config
+        eos = own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id
+        pad = own.pad_token_id
+        if pad is None:
+            pad = eos[0] if isinstance(eos, list) else eos
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temp > 0:
+            sampling = {"do_sample": True, "temperature": temp, "top_p": top_p, "top_k": 0}
+        return GenerationConfig(
+            max_new_tokens=max_tokens,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            bos_token_id=own.bos_token_id,
+            prefill_chunk_size=chunk,
+            **sampling,
+        )
+
+
+def chunk_size(n: int, step: int) -> int:
+    """The largest piece up to `step` that leaves no lone last token of a prompt of `n`.
+
+    The store takes a single token after the prompt for the first step of decoding.
+    """
+    return next((size for size in range(step, step // 2, -1) if n % size != 1), max(n, 1))
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error
+    pass
+
+
+class _Tokens(BaseStreamer):
+    """Puts the new tokens into the queue; the first thing `generate` sends is the prompt."""
+
+    def __init__(self, events: "queue.SimpleQueue[Any]") -> None:
+        self.events, self.is_prompt = events, True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.is_prompt:
+            for token in value.reshape(-1).tolist():
+                self.events.put(("token", token))
+        self.is_prompt = False
+
+    def end(self) -> None:
+        pass
+
+
+class _Text:
+    """Text from tokens one by one: a token in the middle of a character yields none yet."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = self.done = 0  # ids[:done] is given out; ids[start:] is decoded for context
+
+    def add(self, token: int) -> str:
+        self.ids.append(token)
+        before = self._decode(self.ids[self.start : self.done])
+        now = self._decode(self.ids[self.start :])
+        if len(now) <= len(before) or now.endswith("\ufffd"):
+            return ""
+        self.start, self.done = self.done, len(self.ids)
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))

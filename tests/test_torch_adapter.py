@@ -1,0 +1,389 @@
+"""The transformers adapter and engine: at its lossless limit a cache of ours changes nothing."""
+
+import copy
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the torch backend needs torch")
+transformers = pytest.importorskip("transformers", reason="the torch backend needs transformers")
+
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
+
+import kvc.demo  # noqa: E402
+from kvc.backends.torch import engine as engines  # noqa: E402
+from kvc.backends.torch.cache import KVCCache, make_cache, model_mode  # noqa: E402
+from kvc.backends.torch.projections import free_projections, gates, skip  # noqa: E402
+from kvc.errors import BackendError, ConfigError  # noqa: E402
+from kvc.methods import parse  # noqa: E402
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 257,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = {"head_dim": 16, "sliding_window": 8}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+}
+HANDLE = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, **EXPERTS},
+    "qwen3_next": {
+        "head_dim": 16, "num_hidden_layers": 4, "num_experts": 4,
+        "shared_expert_intermediate_size": 32, **EXPERTS, **LINEAR,
+    },
+    "gemma": {"head_dim": 16},
+    "gemma2": {**WINDOW, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},
+    "gemma3_text": {**WINDOW, "query_pre_attn_scalar": 16, "num_hidden_layers": 6},
+    "phi3": {},
+    "mixtral": {"num_local_experts": 4},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8, "num_hidden_layers": 4},
+    "gpt_neox": {},
+    "gpt_oss": {**WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "cohere": {},
+    "cohere2": {"sliding_window": 8, "num_hidden_layers": 4},
+    "starcoder2": {},
+    "granite": {},
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16, "partial_rotary_factor": 0.5},
+    "stablelm": {},
+    "smollm3": {},
+    "nemotron": {},
+    "exaone4": {"sliding_window": 8, "num_hidden_layers": 4},
+    "llama4_text": {
+        "head_dim": 16, "num_hidden_layers": 4, "num_local_experts": 2,
+        "intermediate_size_mlp": 64, "attention_chunk_size": 8,
+    },
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "gpt2": GPT2,
+}  # fmt: skip
+DENSE = {
+    "gptj": {**GPT2, "rotary_dim": 8},
+    "falcon": {},
+    "bloom": {},
+}
+
+
+def tiny(kind, **options):
+    """A random model: the logits of a causal LM of this family."""
+    options = {**SIZES, **options}
+    implementation = options.pop("attn_implementation", None)
+    config = CONFIG_MAPPING[kind](**options)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def padded_batch(n_pads=7, n_tokens=20):
+    """Two prompts, the first one padded on the left."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 250, (2, n_tokens))
+    mask = torch.ones_like(ids)
+    mask[0, :n_pads] = 0
+    ids[0, :n_pads] = 0
+    return ids, mask
+
+
+def generate(model, ids, mask=None, n=12, **options):
+    options = {"max_new_tokens": n, "do_sample": False, **options}
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def lossless(model, *, attend=True, prefill="exact"):
+    """A cache that compresses nothing; with `attend` even exact tokens are read by the store."""
+    cache = make_cache(model, parse("none"), prefill)
+    cache.always_attend = attend
+    return cache
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices of this size are slower on several threads, by far so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny("llama")
+
+
+@pytest.mark.parametrize("attend", [False, True], ids=["library", "store"])
+@pytest.mark.parametrize("kind", [*HANDLE, *DENSE])
+def test_lossless_limit_is_the_library(kind, attend):
+    model = tiny(kind, **{**HANDLE, **DENSE}[kind])
+    ids, mask = padded_batch()
+    expected = generate(model, ids, mask)
+    assert model_mode(model) == ("handle" if kind in HANDLE else "dense")
+    got = generate(model, ids, mask, past_key_values=lossless(model, attend=attend))
+    assert got.tolist() == expected.tolist()
+    assert generate(model, ids, mask).tolist() == expected.tolist()  # and without our cache
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "gemma2", "gptj"])
+def test_padded_rows_equal_single_runs(kind):
+    model = tiny(kind, **{**HANDLE, **DENSE}[kind])
+    ids, mask = padded_batch()
+    both = generate(model, ids, mask, past_key_values=lossless(model))
+    alone = generate(model, ids[:1, 7:], past_key_values=lossless(model))
+    assert both[0, 20:].tolist() == alone[0, 13:].tolist()
+    alone = generate(model, ids[1:], past_key_values=lossless(model))
+    assert both[1].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gptj"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"prefill_chunk_size": 6}],
+    ids=str,
+)
+def test_beams_and_chunks(kind, options):
+    model = tiny(kind, **{**HANDLE, **DENSE}[kind])
+    ids, mask = padded_batch(n_pads=4)
+    plain = {"past_key_values": transformers.DynamicCache(config=model.config)}
+    expected = generate(model, ids, mask, **options, **plain)
+    got = generate(model, ids, mask, past_key_values=lossless(model), **options)
+    assert got.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gptj"])
+def test_prompt_lookup_and_assisted_decoding(kind):
+    model = tiny(kind, **{**HANDLE, **DENSE}[kind])
+    ids = padded_batch()[0][1:].repeat(1, 2)
+    expected = generate(model, ids, n=20).tolist()
+    got = generate(model, ids, n=20, prompt_lookup_num_tokens=3, past_key_values=lossless(model))
+    assert got.tolist() == expected
+    assistant = tiny(kind, **{**HANDLE, **DENSE}[kind])
+    got = generate(model, ids, n=20, assistant_model=assistant, past_key_values=lossless(model))
+    assert got.tolist() == expected
+
+
+def test_continuing_a_copied_prefix(llama):
+    ids = padded_batch()[0][1:]
+    prefix = lossless(llama)
+    llama(ids[:, :10], past_key_values=prefix)
+    for _ in range(2):
+        cache = copy.deepcopy(prefix)
+        got = generate(llama, ids, past_key_values=cache)
+        assert got.tolist() == generate(llama, ids).tolist()
+    assert prefix.get_seq_length() == 10
+
+
+def test_operations_on_the_whole_cache(llama):
+    ids = padded_batch()[0]
+    cache = lossless(llama)
+    with torch.no_grad():
+        expected = llama(ids[[1, 1, 0]]).logits[:, -1]
+        llama(ids, past_key_values=cache)
+        cache.crop(-4)
+        assert cache.get_seq_length() == 16
+        cache.crop(18)  # as a length to keep: nothing to remove
+        cache.crop(0)
+        cache.crop(15)
+        assert cache.get_seq_length() == 15
+        assert cache.get_mask_sizes(5, 0) == (20, 0)
+        assert cache.get_max_length() == -1
+        cache.batch_select_indices(torch.tensor([1, 0]))
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([0, 1, 3]))
+        got = llama(ids[[1, 1, 0], 15:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(got, expected)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert generate(llama, ids, past_key_values=cache).tolist() == generate(llama, ids).tolist()
+    with pytest.raises(ConfigError, match="on the cache"):
+        cache.layers[0].crop(-1)
+    with pytest.raises(ConfigError, match="offload"):
+        cache.offload(0)
+
+
+def test_sliding_layers_stay_the_library_s():
+    cache = lossless(tiny("gemma2", **HANDLE["gemma2"]))
+    assert cache.is_sliding == [True, False]
+    assert cache.model_layers == (1,)
+
+
+def test_padding_must_be_on_the_left(llama):
+    ids, mask = padded_batch()
+    with pytest.raises(ConfigError, match="left"):
+        llama(ids, attention_mask=mask.flip(1), past_key_values=lossless(llama))
+
+
+def test_changed_attention_is_noticed():
+    model = tiny("llama")
+    cache = lossless(model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ConfigError, match="make a new one"):
+        generate(model, padded_batch()[0], past_key_values=cache)
+    ids = padded_batch()[0]
+    got = generate(model, ids, past_key_values=lossless(model))
+    assert got.tolist() == generate(model, ids).tolist()
+
+
+def test_saved_config_names_no_attention_of_ours(llama, tmp_path):
+    make_cache(llama, parse("none"))
+    llama.save_pretrained(tmp_path)
+    assert "kvc" not in (tmp_path / "config.json").read_text()
+    assert set(json.loads((tmp_path / "config.json").read_text())) >= {"model_type"}
+
+
+def test_refusals():
+    with pytest.raises(ConfigError, match="nothing to compress"):
+        make_cache(tiny("mistral", sliding_window=8), parse("none"))
+    with pytest.raises(ConfigError, match="latent attention"):
+        make_cache(tiny("deepseek_v3", **EXPERTS, **LATENT), parse("none"))
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=64)
+    )
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        make_cache(t5, parse("none"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "stablelm"])
+def test_gates_skip_projections_and_open_again(kind):
+    model = tiny(kind, **HANDLE[kind])
+    ids = padded_batch()[0]
+    expected = model(ids).logits
+    assert free_projections(model, {1}) is None
+    assert len(gates(model)) == 2
+    torch.testing.assert_close(model(ids).logits, expected)
+    k_proj = model.model.layers[1].self_attn.k_proj
+    skip(gates(model), {1})
+    zeros = k_proj(torch.ones(2, 3, 64))
+    assert not zeros.any()
+    assert zeros.stride() == (0, 0, 0)
+    assert model(ids).logits.isfinite().all()
+    skip(gates(model), ())
+    torch.testing.assert_close(model(ids).logits, expected)
+    free_projections(model, {1}, keep=False)
+    assert k_proj.weight.untyped_storage().nbytes() == k_proj.weight.itemsize
+    skip(gates(model), ())
+    with pytest.raises(ConfigError, match="load the model again"):
+        model(ids)
+
+
+def test_fused_projections_are_left_alone():
+    model = tiny("phi3")
+    assert "one matrix" in free_projections(model, {1})
+    assert gates(model) == []
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return engines.load(str(kvc.demo.path()), "cpu")
+
+
+def test_stream_is_generate(engine):
+    ids = engine.encode("The old man walked to the river and looked at the water. " * 12)
+    seen = []
+    cache = engine.make_cache(parse("none"))
+    pieces = list(
+        engine.stream(
+            ids, cache, max_tokens=12, prefill_step=64, on_prefill=lambda *x: seen.append(x)
+        )
+    )
+    expected = generate(engine.model, torch.tensor([ids]))[0, len(ids) :].tolist()
+    assert [piece.token for piece in pieces] == expected
+    text = engine.tokenizer.decode(expected, skip_special_tokens=True)
+    assert "".join(piece.text for piece in pieces) == text
+    assert len(seen) == -(-len(ids) // 64)
+    assert seen[-1] == (len(ids), len(ids))
+    assert isinstance(engine.store(cache), object)
+    assert engine.peak_memory() > 0
+
+
+def test_stream_samples_by_seed(engine):
+    ids = engine.encode("The old man")
+
+    def sample(seed):
+        cache = engine.make_cache(parse("none"))
+        pieces = engine.stream(ids, cache, max_tokens=16, temp=1.0, top_p=0.9, seed=seed)
+        return [piece.token for piece in pieces]
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_stream_stops_and_passes_errors_on(engine):
+    ids = engine.encode("The old man")
+    cache = engine.make_cache(parse("none"))
+    stream = engine.stream(ids, cache, max_tokens=2000)
+    next(stream)
+    stream.close()
+    assert cache.get_seq_length() < 1000
+    broken = engine.make_cache(parse("none"))
+    broken.note_mask = lambda *_: (_ for _ in ()).throw(ConfigError("on the left"))
+    with pytest.raises(ConfigError, match="on the left"):
+        list(engine.stream(ids, broken))
+
+
+def test_engine_knows_its_model(engine):
+    assert engine.context_length == 4096
+    assert engine.shape.n_layers == 8
+    assert (engine.shape.n_heads, engine.shape.n_kv_heads, engine.shape.head_dim) == (4, 2, 64)
+    assert engine.shape.dtype_bytes == 4  # float16 on disk, float32 on a CPU
+    assert set(engine.shape.layer_kinds) == {"full_attention"}
+    with pytest.raises(ConfigError, match="chat template"):
+        engine.encode("Hello", chat=True)
+
+
+def test_load_says_what_is_wrong(tmp_path):
+    with pytest.raises(BackendError, match="no model in"):
+        engines.load(str(tmp_path / "nowhere"), "cpu")
+    with pytest.raises(ConfigError, match="dtype"):
+        engines.load(str(kvc.demo.path()), "cpu", "int3")
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match="no GPU"):
+            engines.load(str(kvc.demo.path()), "cuda")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ConfigError, match="not a causal"):
+        engines.load(str(tmp_path), "cpu")
+
+
+def test_no_prompt_ends_in_a_lone_token():
+    for n in range(2, 80):
+        for step in (2, 3, 8, 16):
+            size = engines.chunk_size(n, step)
+            assert size == 1 or n % size != 1 or n == 1
+            assert size <= max(step, n)
+
+
+def test_bf16_through_the_store(llama):
+    model = copy.deepcopy(llama).to(torch.bfloat16)
+    ids, mask = padded_batch()
+    cache = lossless(model)
+    assert isinstance(cache, KVCCache)
+    assert generate(model, ids, mask, past_key_values=cache).shape == (2, 32)
