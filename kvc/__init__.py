@@ -1,17 +1,7 @@
 """kvc: small KV caches for language models, on MLX and PyTorch."""
 
-from kvc.api import load_engine, make_cache, report
-from kvc.errors import KVCError
-from kvc.methods import PRESETS, Gear, KVSharer, Method, parse
+from kvc import errors
+from kvc.api import make_cache, presets, report
+from kvc.methods import parse
 
-__all__ = [
-    "PRESETS",
-    "Gear",
-    "KVCError",
-    "KVSharer",
-    "Method",
-    "load_engine",
-    "make_cache",
-    "parse",
-    "report",
-]
+__all__ = ["errors", "make_cache", "parse", "presets", "report"]

@@ -1,81 +1,143 @@
-"""What users import: caches for their models, reports, and engines by a backend's name."""
+"""The few functions that a program calls. Libraries are imported when one is needed."""
 
 from __future__ import annotations
 
-import importlib
 import platform
 import sys
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvc.backends.base import Engine
-from kvc.errors import BackendError
-from kvc.methods import Method, parse
-from kvc.store.store import KVStore, Report
+from kvc.errors import BackendError, ConfigError
+from kvc.methods import PRESETS, Method, parse
 
-BACKENDS = ("auto", "mlx", "cuda", "cpu")
+if TYPE_CHECKING:
+    from kvc.backends.base import Engine
+    from kvc.store.store import Report
+
+
+class Backend(NamedTuple):
+    """Where a model runs: the packages it takes, and the extra of kvc that installs them."""
+
+    library: str
+    modules: tuple[str, ...]
+    extra: str
+
+
+BACKENDS = {
+    "mlx": Backend("mlx", ("mlx.core", "mlx_lm"), "mlx"),
+    "cuda": Backend("torch", ("torch", "transformers"), "torch"),
+    "cpu": Backend("torch", ("torch", "transformers"), "torch"),
+}
 
 
 def make_cache(
     model: Any, method: str | Method = "gear", prefill: str = "exact", **params: Any
 ) -> Any:
-    """The cache that the model's library takes: a list for mlx-lm, a `Cache` for transformers.
+    """A compressed cache for a model of mlx-lm or transformers, of the kind its library takes.
+
+    mlx-lm takes the result as `prompt_cache=`, transformers as `past_key_values=`.
 
     Args:
-        model: a model loaded by mlx-lm or transformers.
-        method: a name such as `gear` or `kvsharer+gear`, or a `Method`.
-        prefill: `exact` holds the prompt dense until the first token after it; `stream` compresses
-            each piece of it as it comes.
-        params: the method's parameters, where `method` is a single name.
+        model: As `mlx_lm.load` or `from_pretrained` return it.
+        method: A preset's name, several joined by `+`, or what `parse` returns.
+        prefill: `exact` keeps the prompt dense until it ends; `stream` compresses its pieces.
+        params: The method's, such as `bits=2`; with several methods `**{"gear.bits": 2}`.
 
     Raises:
-        ConfigError: if the method, a parameter or the model does not fit.
+        ConfigError: If the method, its parameters and the model do not go together.
     """
-    library = (
-        "torch" if any(c.__module__.startswith("torch.") for c in type(model).__mro__) else "mlx"
-    )
-    chosen = parse(method, params) if isinstance(method, str) else method
-    return importlib.import_module(f"kvc.backends.{library}.cache").make_cache(
-        model, chosen, prefill
-    )
+    if isinstance(method, str):
+        method = parse(method, params)
+    elif params:
+        raise ConfigError(
+            f"make_cache: a parsed method has its parameters, got {', '.join(params)} as well; "
+            "give them to parse"
+        )
+    roots = {c.__module__.split(".")[0] for c in type(model).__mro__}
+    library = next((name for name in ("mlx", "torch") if name in roots), None)
+    if library is None:
+        got = f"{type(model).__module__}.{type(model).__name__}"
+        raise ConfigError(f"make_cache: expected a model of mlx-lm or transformers, got {got}")
+    return import_module(f"kvc.backends.{library}.cache").make_cache(model, method, prefill)
 
 
 def report(cache: Any) -> Report:
-    """The bytes of a cache that `make_cache` made, by part and by layer."""
-    if isinstance(cache, list):
-        cache = next(entry for entry in cache if hasattr(entry, "store"))
-    return cast("KVStore", cache.store).report()
-
-
-def choose_backend(name: str = "auto") -> str:
-    """`mlx`, `cuda` or `cpu`; `auto` takes the fastest that this machine has.
+    """The bytes of a cache from `make_cache`, by part and by layer, and the dense cache's.
 
     Raises:
-        BackendError: if it is unknown or not installed, saying what to install.
+        ConfigError: If the cache is none of ours.
+    """
+    entries = cache if isinstance(cache, list | tuple) else [cache]
+    store = next((e.store for e in entries if hasattr(e, "store")), None)
+    if store is None:
+        got = type(cache).__name__
+        raise ConfigError(f"report: expected a cache from kvc.make_cache, got a {got} of another")
+    result: Report = store.report()
+    return result
+
+
+def presets() -> tuple[str, ...]:
+    """The names that `parse` and `make_cache` take, alone or joined by `+`."""
+    return tuple(PRESETS)
+
+
+def load_engine(backend: str, model_path: str, dtype: str | None = None) -> Engine:
+    """Loads a model and what runs it.
+
+    Args:
+        backend: `mlx`, `cuda`, `cpu`, or `auto`: the best of those that are installed.
+        model_path: A folder, or a name on the Hugging Face hub.
+        dtype: `float32`, `float16` or `bfloat16`; without it the backend's choice.
+
+    Raises:
+        BackendError: If the backend, its device or the model is not there.
+    """
+    name = best_backend() if backend == "auto" else backend
+    check_backend(name)
+    engine: Engine = import_module(f"kvc.backends.{BACKENDS[name].library}.engine").load(
+        str(model_path), name, dtype
+    )
+    return engine
+
+
+def best_backend() -> str:
+    """What `auto` means here: `mlx` on Apple silicon, else `cuda`, else `cpu`, else `mlx`.
+
+    Raises:
+        BackendError: If neither library is installed.
+    """
+    found = {b.library for b in BACKENDS.values() if all(find_spec(_top(m)) for m in b.modules)}
+    if not found:
+        raise BackendError(
+            "no backend: expected mlx-lm or transformers with torch, found neither; "
+            "pip install 'kvc[mlx]' or 'kvc[torch]'"
+        )
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    if "torch" not in found or (apple and "mlx" in found):
+        return "mlx"
+    check_backend("cpu")
+    return "cuda" if import_module("torch").cuda.is_available() else "cpu"
+
+
+def check_backend(name: str) -> None:
+    """Imports what a backend needs.
+
+    Raises:
+        BackendError: If there is no such backend or something it needs does not import.
     """
     if name not in BACKENDS:
-        raise BackendError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    has_mlx, has_torch = bool(find_spec("mlx_lm")), bool(find_spec("transformers"))
-    if name == "auto":
-        apple = sys.platform == "darwin" and platform.machine() == "arm64"
-        if has_mlx and (apple or not has_torch):
-            return "mlx"
-        if not has_torch:
-            raise BackendError('no backend is installed; pip install "kvc[torch]" or "kvc[mlx]"')
-        return "cuda" if importlib.import_module("torch").cuda.is_available() else "cpu"
-    if not (has_mlx if name == "mlx" else has_torch):
-        extra = "mlx" if name == "mlx" else "torch"
-        raise BackendError(f'backend {name} is not installed; pip install "kvc[{extra}]"')
-    return name
+        raise BackendError(f"backend: expected {', '.join(BACKENDS)} or auto, got {name!r}")
+    for module in BACKENDS[name].modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            why = (str(error).splitlines() or ["no reason"])[0]
+            raise BackendError(
+                f"{name}: {module} does not import ({why}); "
+                f"pip install 'kvc[{BACKENDS[name].extra}]'"
+            ) from error
 
 
-def load_engine(backend: str, path: str, dtype: str | None = None) -> Engine:
-    """A model with its tokenizer on a backend, from a folder or by its name on the hub.
-
-    Raises:
-        BackendError: if the backend, its device or the model is not there.
-    """
-    name = choose_backend(backend)
-    library = "mlx" if name == "mlx" else "torch"
-    engine = importlib.import_module(f"kvc.backends.{library}.engine")
-    return cast("Engine", engine.load(path, name, dtype))
+def _top(module: str) -> str:
+    return module.partition(".")[0]
