@@ -56,7 +56,7 @@ def make_cache(model: Any, method: Method, prefill: str = "exact") -> list[Any]:
     mode = model_mode(model)
     if mode == "dense" and method.needs_queries:
         raise ConfigError(
-            f"kvc: {type(method).__name__.lower()} needs the queries, and the attention of "
+            f"kvc: {method.name} needs the queries, and the attention of "
             f"{name_of(model)} cannot be reached; use a method that only compresses"
         )
     install()

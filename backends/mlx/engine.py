@@ -1,4 +1,4 @@
-"""Runs a model with mlx-lm: its loader, tokenizer, samplers and generation loop."""
+"""Loads and runs a model with mlx-lm: its loader, tokenizer, samplers and generation loop."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Engine:
         *,
         max_tokens: int = 256,
         temp: float = 0.0,
-        top_p: float = 0.0,
+        top_p: float = 1.0,
         seed: int | None = None,
         prefill_step: int = 2048,
         on_prefill: Callable[[int, int], None] | None = None,
@@ -121,7 +121,7 @@ class Engine:
         return int(mx.get_peak_memory())
 
 
-def load(path: str | Path, device: str | None = None, dtype: str | None = None) -> Engine:
+def load(path: str | Path, device: str = "mlx", dtype: str | None = None) -> Engine:
     """Load a model from a folder, or by its name on the Hugging Face Hub.
 
     Args:

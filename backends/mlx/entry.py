@@ -128,8 +128,8 @@ def build(model: Any, method: Method, prefill: str, mode: str, *, trial: bool = 
     if not ours:
         kinds = ", ".join(sorted({type(entry).__name__ for entry in entries}))
         raise ConfigError(
-            f"kvc: no layer of this {name_of(model)} model keeps all its tokens ({kinds}): "
-            "there is nothing to compress"
+            f"kvc: no layer of this {name_of(model)} model has a plain KVCache (they have "
+            f"{kinds}): there is nothing to compress"
         )
     # mlx-lm sends the last token of a prompt alone.
     store = KVStore(method, len(ours), prefill=prefill, lone_tail=True)
