@@ -1,0 +1,480 @@
+"""mlx-lm's models with our cache give what they give with mlx-lm's own, at the lossless limit."""
+
+import copy
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+mx = pytest.importorskip("mlx.core", reason="the mlx backend needs mlx")
+mlx_lm = pytest.importorskip("mlx_lm", reason="the mlx backend needs mlx-lm")
+
+# ruff: noqa: E402
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models import base
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache, trim_prompt_cache
+
+import kvc.demo
+from kvc.backends.mlx import attention
+from kvc.backends.mlx.cache import make_cache, model_fit, model_mode
+from kvc.backends.mlx.engine import Engine, load
+from kvc.backends.mlx.entry import KVCEntry, build, library_entries, sharers
+from kvc.backends.mlx.projections import Zeros, free_projections
+from kvc.errors import BackendError, ConfigError, KVCError
+from kvc.methods import parse
+
+NONE = parse("none")
+GEAR = parse("gear", {"bits": 8, "group_size": 16, "buffer": 16, "window": 8})
+
+# What ModelArgs of the families below ask for; each takes what it knows.
+CONFIG: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 160,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "layer_norm_eps": 1e-5,
+    "layer_norm_epsilon": 1e-5,
+    "norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_qkv_bias": False,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "sliding_window": 8,
+    "sliding_window_pattern": 2,
+    "partial_rotary_factor": 0.5,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "rotary_dim": 8,
+    "logit_scale": 0.1,
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "n_embd": 64,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 512,
+    "n_ctx": 512,
+    "n_inner": 96,
+    "num_layers": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 1,
+}
+# Families by how they read the cache.
+# ruff: noqa: SIM905
+HANDLE = (
+    "llama mistral3 qwen2 qwen3 qwen3_moe qwen3_5 gemma gemma3_text phi phi3 mixtral olmo2 olmo3 "
+    "gpt2 gpt_neox gpt_oss gptj cohere cohere2 starcoder2 granite glm glm4 smollm3 exaone"
+).split()
+DENSE = "gemma2 stablelm plamo2".split()
+HYBRID = "qwen3_5 gemma3_text olmo3 gpt_oss cohere2 plamo2".split()
+
+
+def tiny(family: str, **changes: Any) -> Any:
+    """A model with random weights that are large enough to make distinct tokens likely."""
+    module = importlib.import_module(f"mlx_lm.models.{family}")
+    config = {**CONFIG, "model_type": family, **changes}
+    if family == "mistral3":
+        config = {"model_type": family, "text_config": {**CONFIG, "model_type": "llama"}}
+    mx.random.seed(7)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    model.eval()
+    noise = tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), model.parameters())
+    model.update(noise)
+    mx.eval(model.parameters())
+    return model
+
+
+def ids(n: int) -> Any:
+    return mx.array([(i * 37 + 5) % 160 for i in range(n)])
+
+
+def run(model: Any, cache: Any = None, n: int = 10, prompt: Any = None) -> tuple[list[int], Any]:
+    """Greedy tokens, and the logprobs of each."""
+    steps = list(
+        generate_step(
+            ids(40) if prompt is None else prompt,
+            model,
+            max_tokens=n,
+            prompt_cache=cache,
+            prefill_step_size=16,
+        )
+    )
+    return [int(token) for token, _ in steps], mx.stack([logprobs for _, logprobs in steps])
+
+
+def off(got: Any, expected: Any) -> float:
+    return float((mx.abs(got - expected).max() / mx.abs(expected).max()).item())
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return load(kvc.demo.path())
+
+
+@pytest.fixture
+def llama() -> Any:
+    return tiny("llama")
+
+
+@pytest.mark.parametrize("family", HANDLE + DENSE)
+def test_lossless_cache_gives_the_librarys_tokens(family: str) -> None:
+    model = tiny(family)
+    tokens, logprobs = run(model)
+    cache = make_cache(model, NONE)
+    assert model_mode(model) == ("handle" if family in HANDLE else "dense")
+    assert any(not isinstance(c, KVCEntry) for c in cache) == (family in HYBRID)
+    got = run(model, cache)
+    assert got[0] == tokens
+    assert off(got[1], logprobs) < 1e-5
+
+
+@pytest.mark.parametrize("family", HANDLE + DENSE)
+def test_our_attention_gives_the_librarys_logits(family: str) -> None:
+    model = tiny(family)
+    _, expected = run(model)
+    mode = model_mode(model)
+    _, got = run(model, build(model, NONE, "exact", mode, trial=True))
+    assert off(got, expected) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt_oss"])
+def test_compressed_cache_is_smaller_and_close(family: str) -> None:
+    model = tiny(family)
+    tokens, expected = run(model, n=30)
+    cache = make_cache(model, GEAR)
+    got_tokens, got = run(model, cache, n=30)
+    assert got_tokens[:2] == tokens[:2]  # the prompt's attention is exact, its first step nearly
+    assert off(got[0], expected[0]) < 1e-5
+    store = next(c.store for c in cache if isinstance(c, KVCEntry))
+    assert store.dense(0) is None
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe_lite"])
+def test_latent_attention_is_refused(family: str) -> None:
+    with pytest.raises(ConfigError, match="latents"):
+        make_cache(tiny(family, routed_scaling_factor=1.0), NONE)
+
+
+def test_recurrent_model_is_refused() -> None:
+    sizes = {"state_size": 8, "conv_kernel": 4, "time_step_rank": 4}
+    model = tiny("mamba", use_bias=False, use_conv_bias=True, **sizes)
+    with pytest.raises(ConfigError, match="nothing to compress"):
+        make_cache(model, NONE)
+
+
+def test_method_that_needs_queries_is_refused_in_dense_mode() -> None:
+    @dataclass(frozen=True)
+    class Watching:
+        name: str = "watching"
+        needs_queries: bool = True
+
+    with pytest.raises(ConfigError, match="watching needs the queries"):
+        make_cache(tiny("gemma2"), Watching())  # type: ignore[arg-type]
+
+
+def test_fit_knows_the_sizes() -> None:
+    fit = model_fit(tiny("gemma3_text"))
+    assert (fit.n_kv_heads, fit.head_dim, fit.dtype_bytes) == (2, 16, 4)
+    assert fit.layer_kinds == ("sliding_attention", "full_attention") * 2
+
+
+def test_attention_can_be_put_back(llama: Any) -> None:
+    cache = make_cache(llama, NONE)
+    expected = run(llama)[0]
+    attention.uninstall()
+    assert base.scaled_dot_product_attention.__code__.co_filename == base.__file__
+    assert run(llama)[0] == expected
+    attention.install()
+    assert run(llama, cache)[0] == expected
+
+
+def test_copies_of_entries_share_one_copy_of_the_store(llama: Any) -> None:
+    cache = make_cache(llama, GEAR)
+    run(llama, cache)
+    copied = copy.deepcopy(cache)
+    assert len({id(entry.store) for entry in copied}) == 1
+    assert copied[0].store is not cache[0].store
+    assert copied[0].store.method is cache[0].store.method
+    more = ids(20)
+    expected = run(llama, copied, prompt=more)[0]
+    assert cache[0].offset < copied[0].offset
+    assert run(llama, cache, prompt=more)[0] == expected
+
+
+def test_trim_goes_back(llama: Any) -> None:
+    cache = make_cache(llama, NONE)
+    llama(ids(20)[None], cache=cache)
+    expected = run(llama, copy.deepcopy(cache), prompt=ids(5))[0]
+    llama(ids(9)[None], cache=cache)
+    assert trim_prompt_cache(cache, 9) == 9
+    assert {entry.offset for entry in cache} == {cache[0].store.length()} == {20}
+    assert run(llama, cache, prompt=ids(5))[0] == expected
+
+
+def test_trim_into_coded_tokens_changes_nothing(llama: Any) -> None:
+    cache = make_cache(llama, GEAR)
+    run(llama, cache)
+    n = cache[0].offset
+    with pytest.raises(ConfigError, match="trim"):
+        trim_prompt_cache(cache, 45)
+    assert {entry.offset for entry in cache} == {cache[0].store.length()} == {n}
+
+
+@pytest.mark.parametrize("n_draft", [1, 3])
+@pytest.mark.parametrize("draft_seed", [None, 3])
+def test_speculative_decoding(engine: Engine, n_draft: int, draft_seed: int | None) -> None:
+    prompt = engine.encode("The old man walked down to the harbour, and")
+    draft = engine.model if draft_seed is None else tiny("llama", vocab_size=2048)
+    options = {"max_tokens": 24, "draft_model": draft, "num_draft_tokens": n_draft}
+
+    def tokens(cache: Any) -> list[int]:
+        pieces = mlx_lm.stream_generate(
+            engine.model, engine.tokenizer, prompt, prompt_cache=cache, **options
+        )
+        return [piece.token for piece in pieces]
+
+    expected = tokens(None)
+    assert tokens(make_cache(engine.model, NONE) + make_cache(draft, NONE)) == expected
+    gear = parse("gear", {"bits": 8, "group_size": 16, "buffer": 16, "window": 8})
+    cache = make_cache(engine.model, gear) + make_cache(draft, gear)
+    assert tokens(cache)[:8] == expected[:8]
+    assert cache[0].store.dense(0) is None  # compressed on the way, though steps have many tokens
+
+
+def test_sharers_read_their_owner_and_their_projections_are_freed(llama: Any) -> None:
+    method = parse("kvsharer", {"map": "3:1"})
+    cache = make_cache(llama, method)
+    assert sharers(cache) == (3,)
+    expected = run(llama, cache)[0]
+    assert cache[0].store.report().layers[3] == 0
+
+    before = sum(x.nbytes for _, x in tree_flatten(llama.parameters()))
+    linear = llama.layers[3].self_attn.k_proj
+    linear.weight = mx.full(linear.weight.shape, mx.nan)
+    assert run(llama, make_cache(llama, method))[0] == expected  # laziness never reads it
+    assert free_projections(llama, sharers(cache)) is None
+    assert isinstance(llama.layers[3].self_attn.v_proj, Zeros)
+    after = sum(x.nbytes for _, x in tree_flatten(llama.parameters()))
+    assert before - after == 2 * linear.weight.nbytes
+    assert run(llama, make_cache(llama, method))[0] == expected
+    with pytest.raises(ConfigError, match=r"layers \[3\] were freed"):
+        make_cache(llama, NONE)
+
+
+def test_shared_layer_equals_a_copy_of_keys_and_values(llama: Any) -> None:
+    """Layer 3 with layer 1's tokens, by hand over mlx-lm's own entries."""
+
+    class Follower:
+        def __init__(self, owner: Any) -> None:
+            self.owner, self.offset, self.state = owner, 0, []
+
+        def update_and_fetch(self, keys: Any, values: Any) -> tuple[Any, Any]:
+            self.offset += keys.shape[2]
+            return self.owner.keys_and_values()
+
+    plain = make_prompt_cache(llama)
+    plain[3] = Follower(plain[1])
+    expected, logprobs = run(llama, plain)
+    got = run(llama, make_cache(llama, parse("kvsharer", {"map": "3:1"})))
+    assert got[0] == expected
+    assert off(got[1], logprobs) < 1e-5
+
+
+def test_fused_projections_still_run() -> None:
+    model = tiny("phi3")
+    method = parse("kvsharer", {"map": "3:1"})
+    cache = make_cache(model, method)
+    reason = free_projections(model, sharers(cache))
+    assert reason is not None
+    assert "one matrix" in reason
+    run(model, cache)
+
+
+def test_hook_makes_every_cache_ours(llama: Any) -> None:
+    expected = run(llama)[0]
+    llama.make_cache = lambda: make_cache(llama, NONE)
+    assert all(isinstance(entry, KVCEntry) for entry in make_prompt_cache(llama))
+    assert not any(isinstance(entry, KVCEntry) for entry in library_entries(llama))
+    assert run(llama)[0] == expected
+
+
+def test_librarys_own_quantization_is_refused(llama: Any) -> None:
+    with pytest.raises(ConfigError, match="kv_bits"):
+        list(
+            generate_step(
+                ids(9), llama, prompt_cache=make_cache(llama, NONE), kv_bits=8, quantized_kv_start=0
+            )
+        )
+
+
+def test_batch_generator_says_that_it_cannot(llama: Any) -> None:
+    generator = BatchGenerator(llama)
+    generator.insert([[1, 2, 3]], caches=[make_cache(llama, NONE)])
+    with pytest.raises(ValueError, match="does not yet support batching"):
+        generator.next()
+
+
+def test_servers_prompt_cache_reuses_prefixes(llama: Any) -> None:
+    kept, prompt = LRUPromptCache(), [int(i) for i in ids(30)]
+    cache = make_cache(llama, GEAR)
+    llama(mx.array([prompt]), cache=cache)
+    kept.insert_cache("model", prompt, cache)
+
+    longer, rest = kept.fetch_nearest_cache("model", [*prompt, 1, 2])
+    assert rest == [1, 2]
+    assert (
+        run(llama, longer, prompt=mx.array(rest))[0]
+        == run(llama, None, 10, mx.array([*prompt, 1, 2]))[0]
+    )
+
+    other, rest = kept.fetch_nearest_cache("model", [*prompt[:20], 9, 9])
+    assert rest == [9, 9]
+    assert other[0].offset == 20
+    assert cache[0].offset == 30
+
+
+def test_bytes_are_counted_once(llama: Any) -> None:
+    cache = make_cache(llama, GEAR)
+    assert all(entry.empty() and entry.size() == 0 for entry in cache)
+    run(llama, cache)
+    assert sum(entry.nbytes for entry in cache) == cache[0].store.nbytes > 0
+    arrays = tree_flatten([entry.state for entry in cache])
+    assert sum(x.nbytes for _, x in arrays) == cache[0].store.nbytes
+    assert not any(hasattr(entry, name) for entry in cache for name in ("merge", "bits"))
+    assert all(entry for entry in cache)  # mlx-lm skips an entry that is falsy
+
+
+def test_engine_streams_what_mlx_lm_generates(engine: Engine) -> None:
+    text = "Once upon a time there was a captain who"
+    ids = engine.encode(text)
+    progress: list[tuple[int, int]] = []
+    cache = engine.make_cache(NONE)
+    pieces = list(
+        engine.stream(
+            ids,
+            cache,
+            max_tokens=12,
+            prefill_step=4,
+            on_prefill=lambda done, total: progress.append((done, total)),
+        )
+    )
+    expected = mlx_lm.generate(engine.model, engine.tokenizer, ids, max_tokens=12)
+    assert "".join(piece.text for piece in pieces) == expected
+    assert progress[0] == (0, len(ids))
+    assert progress[-1] == (len(ids), len(ids))
+    assert engine.store(cache).length() >= len(ids) + 11
+    assert engine.peak_memory() > 0
+
+
+def test_engine_samples_by_seed(engine: Engine) -> None:
+    ids = engine.encode("The sea was")
+
+    def sample(seed: int) -> list[int]:
+        cache = engine.make_cache(NONE)
+        pieces = engine.stream(ids, cache, max_tokens=12, temp=1.0, top_p=0.9, seed=seed)
+        return [piece.token for piece in pieces]
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_engine_knows_the_model(engine: Engine) -> None:
+    shape = engine.shape
+    assert engine.context_length == 4096
+    assert (shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.head_dim) == (8, 4, 2, 64)
+    assert set(shape.layer_kinds) == {"full_attention"}
+    if mx.default_device().type == mx.DeviceType.cpu:
+        assert shape.dtype_bytes == 4
+    with pytest.raises(ConfigError, match="chat template"):
+        engine.encode("Hello", chat=True)
+
+
+def damaged(name: str, change: Callable[[Path], None], tmp_path: Path) -> Path:
+    folder = tmp_path / name
+    shutil.copytree(kvc.demo.path(), folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    change(folder)
+    return folder
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64),
+        lambda folder: edit(folder, model_type="nonesuch"),
+        lambda folder: edit(folder, hidden_size=128),
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    ],
+    ids=["no config", "bad config", "no weights", "bad weights", "type", "sizes", "tokenizer"],
+)
+def test_damaged_model_is_one_line(change: Callable[[Path], None], tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="cannot load") as info:
+        load(damaged("model", change, tmp_path))
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "no-such-owner/no-such-model"])
+def test_missing_model_is_one_line(path: str) -> None:
+    with pytest.raises(BackendError) as info:
+        load(path)
+    assert "\n" not in str(info.value)
+    assert path in str(info.value)
+
+
+def test_unknown_dtype() -> None:
+    with pytest.raises(KVCError, match="float16"):
+        load(kvc.demo.path(), dtype="int4")
+
+
+def test_dtype_is_set() -> None:
+    assert (
+        load(kvc.demo.path(), dtype="bfloat16").model.layers[0].mlp.up_proj.weight.dtype
+        == mx.bfloat16
+    )
+
+
+def test_hidden_rope_theta_is_warned_of(tmp_path: Path) -> None:
+    folder = damaged("model", lambda folder: edit(folder, rope_theta=None), tmp_path)
+    with pytest.warns(UserWarning, match='"rope_theta": 50000.0'):
+        load(folder)
+
+
+@pytest.fixture(autouse=True)
+def _free_memory() -> Iterator[None]:
+    yield
+    mx.clear_cache()
