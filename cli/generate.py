@@ -65,11 +65,13 @@ def in_units(n: int) -> str:
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt, from one of its two sources.
+    """The prompt: the argument, a file, or standard input where neither is given.
 
     Raises:
         ConfigError: If there is none or there are two, or it is empty, unreadable or not UTF-8.
     """
+    if prompt is None and prompt_file is None and not sys.stdin.isatty():
+        prompt_file = "-"
     if (prompt is None) == (prompt_file is None):
         got = "neither" if prompt is None else "both"
         raise ConfigError(f"generate: expected either PROMPT or --prompt-file, got {got}")

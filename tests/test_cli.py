@@ -92,7 +92,7 @@ def test_chat_without_a_template(backend: str) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ((), ["PROMPT", "neither"]),
+        ((), ["--prompt-file -", "empty prompt"]),
         (("",), ["empty"]),
         ((" \n",), ["empty"]),
         (("\udcff",), ["UTF-8"]),
