@@ -21,6 +21,8 @@ Array = (
     Any  # numpy.ndarray, mlx.core.array or torch.Tensor: kvc never imports what the user has not
 )
 
+FULL = "full_attention"  # of a layer that keeps all its tokens
+
 _LIBRARIES = {"numpy": "numpy", "mlx": "mlx", "torch": "torch"}
 
 
@@ -101,14 +103,34 @@ def ops_named(name: str) -> Ops:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a model that a cache depends on; `layer_kinds` says what each layer keeps."""
+    """The sizes of a model that a cache, a map or a set of kernels depends on.
 
+    Heads and numbers are those of keys and values in layers with full attention.
+
+    Attributes:
+        family: The type of its text model, as in `config.json`.
+        context_length: How many tokens it was made for, if it says so.
+        dtype_bytes: Of one number in keys and values.
+        layer_kinds: Of each layer with a cache of its own: `full_attention` and others.
+    """
+
+    family: str
     n_layers: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    vocab_size: int
+    context_length: int | None
     dtype_bytes: int
     layer_kinds: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """What files made for a model are checked by: readable, and the same on every library."""
+        return (
+            f"{self.family}-{self.n_layers}l-{self.n_heads}h-{self.n_kv_heads}kv"
+            f"-{self.head_dim}d-{self.vocab_size}v"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +147,21 @@ class Engine(Protocol):
     name: str
 
     @property
+    def shape(self) -> ModelShape:
+        """The sizes of the model."""
+
+    @property
     def context_length(self) -> int | None:
         """How many tokens the model was made for, if its config says so."""
 
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """Token ids of a text, or of a conversation of which it is the first message."""
 
-    def make_cache(self, method: Method, prefill: str = "exact") -> Any:
-        """The cache that the library's own generation loop takes."""
+    def make_cache(self, method: Method, prefill: str = "exact", *, free: bool = False) -> Any:
+        """The cache that the library's own generation loop takes.
+
+        With `free` the weights that this cache makes useless are freed, for good.
+        """
 
     def store(self, cache: Any) -> KVStore:
         """The store behind such a cache."""

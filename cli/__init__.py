@@ -1,5 +1,7 @@
 """The command line: `kvc`."""
 
+import os
+import sys
 from typing import Any
 
 import click
@@ -10,7 +12,7 @@ from kvc.errors import KVCError
 
 
 class _Group(click.Group):
-    """Errors of the user are one line and exit 2; Ctrl-C exits 130."""
+    """Errors of the user are one line and exit 2; Ctrl-C exits 130, a closed pipe 141."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -21,6 +23,11 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("kvc: interrupted", err=True)
             ctx.exit(130)
+        except BrokenPipeError:  # whoever read the output has enough, as `head` does
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # for Python's last flush
+            ctx.exit(141)
 
 
 @click.group(cls=_Group)

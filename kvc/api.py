@@ -12,8 +12,9 @@ from kvc.errors import BackendError, ConfigError
 from kvc.methods import PRESETS, Method, parse
 
 if TYPE_CHECKING:
-    from kvc.backends.base import Engine
-    from kvc.store.store import Report
+    from kvc.backends.base import Engine, ModelShape
+    from kvc.measure.memory import Cost
+    from kvc.store.report import Report
 
 
 class Backend(NamedTuple):
@@ -32,7 +33,12 @@ BACKENDS = {
 
 
 def make_cache(
-    model: Any, method: str | Method = "gear", prefill: str = "exact", **params: Any
+    model: Any,
+    method: str | Method = "gear",
+    prefill: str = "exact",
+    *,
+    free: bool = False,
+    **params: Any,
 ) -> Any:
     """A compressed cache for a model of mlx-lm or transformers, of the kind its library takes.
 
@@ -42,6 +48,7 @@ def make_cache(
         model: As `mlx_lm.load` or `from_pretrained` return it.
         method: A preset's name, several joined by `+`, or what `parse` returns.
         prefill: `exact` keeps the prompt dense until it ends; `stream` compresses its pieces.
+        free: Free the weights that the method makes useless, KVSharer's projections, for good.
         params: The method's, such as `bits=2`; with several methods `**{"gear.bits": 2}`.
 
     Raises:
@@ -59,7 +66,9 @@ def make_cache(
     if library is None:
         got = f"{type(model).__module__}.{type(model).__name__}"
         raise ConfigError(f"make_cache: expected a model of mlx-lm or transformers, got {got}")
-    return import_module(f"kvc.backends.{library}.cache").make_cache(model, method, prefill)
+    return import_module(f"kvc.backends.{library}.cache").make_cache(
+        model, method, prefill, free=free
+    )
 
 
 def report(cache: Any) -> Report:
@@ -80,6 +89,12 @@ def report(cache: Any) -> Report:
 def presets() -> tuple[str, ...]:
     """The names that `parse` and `make_cache` take, alone or joined by `+`."""
     return tuple(PRESETS)
+
+
+def cost_table(shape: ModelShape) -> list[Cost]:
+    """Bytes per token of every preset for a model, `Engine.shape`, as measured on stores."""
+    table: list[Cost] = import_module("kvc.measure.memory").cost_table(shape)
+    return table
 
 
 def load_engine(backend: str, model_path: str, dtype: str | None = None) -> Engine:

@@ -1,212 +1,184 @@
-"""The command line: what it prints where, and how it ends."""
+"""`kvc generate`: what it prints where, and what it measures."""
 
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 import kvc
 from kvc import api, demo
 from kvc.backends.base import Piece
-from kvc.cli import main
-from kvc.errors import BackendError, ConfigError
-from tests.conftest import need
+from kvc.cli.run import Stats, in_units, run
+from kvc.errors import ConfigError
+from tests.run_cli import PROMPT, both, copied_model, generate, generate_json, need_backend
 
-PROMPT = "The code of Anna is 4821. The code of Anna is"
-
-
-@pytest.fixture(params=["cpu", "mlx"])
-def backend(request: pytest.FixtureRequest) -> str:
-    for module in {"cpu": ("torch", "transformers"), "mlx": ("mlx", "mlx_lm")}[request.param]:
-        need(module)
-    return str(request.param)
+PEAK = {"cpu": "of the process", "mlx": "held by MLX"}
 
 
-def kvc_run(*args: str, **kwargs: Any) -> Result:
-    return CliRunner().invoke(main, args, **kwargs)
-
-
-def generate(backend: str, *args: str) -> Result:
-    return kvc_run("generate", "--backend", backend, "--max-tokens", "8", *args)
-
-
-def no_engine(*_: Any) -> None:
-    raise AssertionError("the model was loaded before the options were checked")
-
-
+@both
 def test_text_on_stdout_statistics_on_stderr(backend: str) -> None:
     result = generate(backend, PROMPT)
     assert result.exit_code == 0, result.output
     assert "4821" in result.stdout
-    assert "tokens/s" in result.stderr
-    assert "ratio" in result.stderr
-    assert "tokens/s" not in result.stdout
+    for words in ("prefill", "decode", "tokens/s", "dense, ratio", PEAK[backend]):
+        assert words in result.stderr
+        assert words not in result.stdout
 
 
+@both
 def test_json_is_all_there_is(backend: str) -> None:
     result = generate(backend, PROMPT * 8, "--json", "--set", "bits=4", "--prefill", "stream")
     assert result.exit_code == 0, result.output
+    assert result.stderr == ""
     row = json.loads(result.stdout)
-    assert row["tokens"] == 8
+    assert row["tokens"] == len(row["token_ids"]) == 8
     assert row["backend"] == backend
+    assert row["prefill_tokens"] == row["prompt_tokens"]
     held, rest = divmod(row["dense_bytes"], 2 * 8 * 2 * 64 * 4)  # k, v; layers, heads, dim, float32
     assert rest == 0
     assert held - row["prompt_tokens"] - row["tokens"] in (-1, 0)  # MLX computes one step ahead
     assert row["ratio"] == pytest.approx(row["dense_bytes"] / row["cache_bytes"])
-    assert row["cache_bytes"] > 0
+    assert sum(row["parts"].values()) == sum(row["layers"]) == row["cache_bytes"] > 0
+    assert len(row["layers"]) == 8
     assert row["peak_bytes"] > 0
+    assert row["peak_of"] == PEAK[backend]
+    engine = api.load_engine(backend, str(demo.path()))
+    text = engine.tokenizer.decode(row["token_ids"])  # type: ignore[attr-defined]
+    assert text.lstrip() == row["text"].lstrip()  # mlx-lm drops a space at the beginning
 
 
+@both
 def test_quiet_leaves_the_text_alone(backend: str) -> None:
     result = generate(backend, PROMPT, "--quiet", "--raw")
     assert result.exit_code == 0, result.output
-    assert "tokens/s" not in result.stderr
+    assert result.stderr == ""
 
 
+@both
 def test_seed_fixes_the_samples(backend: str) -> None:
-    args = ("Once upon a time", "--temp", "1", "--top-p", "0.9", "--quiet", "--seed")
-    first, again = generate(backend, *args, "3"), generate(backend, *args, "3")
-    assert first.exit_code == 0, first.output
-    assert first.stdout == again.stdout
+    args = ("Once upon a time", "--temp", "1", "--top-p", "0.9", "--seed")
+    first, again, other = (generate_json(backend, *args, seed) for seed in ("3", "3", "4"))
+    assert first["token_ids"] == again["token_ids"] != other["token_ids"]
 
 
-def test_prompt_beyond_the_context_names_both_numbers(backend: str, tmp_path: Path) -> None:
-    (tmp_path / "long.txt").write_text("7" * 5000)
-    result = generate(backend, "--prompt-file", str(tmp_path / "long.txt"))
-    assert result.exit_code == 2
-    assert "500" in result.stderr
-    assert "4096" in result.stderr
+@both
+def test_prompt_from_argument_file_and_stdin(backend: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    rows = [
+        generate_json(backend, PROMPT),
+        generate_json(backend, "--prompt-file", str(tmp_path / "prompt.txt")),
+        generate_json(backend, "--prompt-file", "-", input=PROMPT),
+        generate_json(backend, input=PROMPT),
+    ]
+    assert "4821" in rows[0]["text"]
+    assert all(row["token_ids"] == rows[0]["token_ids"] for row in rows)
 
 
-def test_chat_without_a_template(backend: str) -> None:
-    result = generate(backend, PROMPT, "--chat")
-    assert result.exit_code == 2
-    assert "chat template" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        ((), ["--prompt-file -", "empty prompt"]),
-        (("",), ["empty"]),
-        ((" \n",), ["empty"]),
-        (("\udcff",), ["UTF-8"]),
-        (("a", "--prompt-file", "latin.txt"), ["both"]),
-        (("--prompt-file", "latin.txt"), ["UTF-8", "0xe9", "at 3"]),
-        (("--prompt-file", "missing.txt"), ["missing.txt"]),
-        (("--prompt-file", "."), ["directory"]),
-        (("a", "--set", "bits"), ["key=value"]),
-        (("a", "--set", "bits=2", "--set", "bits=4"), ["twice"]),
-        (("a", "--set", "bits=3"), ["bits", "3"]),
-        (("a", "--set", "bots=3"), ["bots"]),
-        (("a", "--method", "geer"), ["geer", "gear"]),
-    ],
-)
-def test_errors_are_one_line_and_come_first(
-    args: tuple[str, ...], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "load_engine", no_engine)
-    Path("latin.txt").write_bytes("café".encode("latin-1"))
-    result = kvc_run("generate", *args)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1
-    assert all(word in result.stderr for word in words)
-
-
-def test_prompt_from_stdin(backend: str) -> None:
-    args = ("generate", "--backend", backend, "--prompt-file", "-", "--max-tokens", "8", "--json")
-    result = kvc_run(*args, input=PROMPT)
+@both
+def test_what_exceeds_the_context_is_shortened_with_a_notice(backend: str, tmp_path: Path) -> None:
+    model = str(copied_model(tmp_path, max_position_embeddings=32))
+    result = generate(backend, PROMPT, "--model", model, "--max-tokens", "50", "--json")
     assert result.exit_code == 0, result.output
-    assert "4821" in json.loads(result.stdout)["text"]
+    assert result.stderr.count("\n") == 1
+    row = json.loads(result.stdout)
+    assert row["tokens"] == 32 - row["prompt_tokens"]
+    assert f"room for {row['tokens']} tokens" in result.stderr
+    assert "32" in result.stderr
 
 
-def test_unknown_model_folder(backend: str, tmp_path: Path) -> None:
-    result = generate(backend, "a", "--model", str(tmp_path / "none"))
-    assert result.exit_code == 2
-    assert len(result.stderr.splitlines()) == 1
+@both
+def test_chat_template_where_there_is_one(backend: str, tmp_path: Path) -> None:
+    model = copied_model(tmp_path)
+    template = "{% for m in messages %}Question: {{ m['content'] }} Answer:{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    args = ("Who is Anna?", "--model", str(model))
+    with_it, raw, asked = (generate_json(backend, *args, *o) for o in ((), ["--raw"], ["--chat"]))
+    assert with_it["prompt_tokens"] == asked["prompt_tokens"] > raw["prompt_tokens"]
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_keeps_what_there_is(
-    backend: str, as_json: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load = api.load_engine
+@both
+def test_prefill_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, done = api.load_engine, [0]
 
-    def interrupted(*args: Any) -> Any:
+    def watched(*args: Any) -> Any:
         engine: Any = load(*args)
         stream = engine.stream
 
-        def two(*args: Any, **kwargs: Any) -> Iterator[Piece]:
-            pieces = stream(*args, **kwargs)
-            yield next(pieces)
-            yield next(pieces)
-            pieces.close()
-            raise KeyboardInterrupt
+        def recording(*args: Any, on_prefill: Any, **kwargs: Any) -> Iterator[Piece]:
+            def record(n: int, total: int) -> None:
+                done.append(n)
+                on_prefill(n, total)
 
-        engine.stream = two
+            return stream(*args, on_prefill=record, **kwargs)  # type: ignore[no-any-return]
+
+        engine.stream = recording
         return engine
 
-    monkeypatch.setattr(api, "load_engine", interrupted)
-    result = generate(backend, PROMPT, *["--json"] * as_json)
-    assert result.exit_code == 130, result.output
-    if as_json:
-        row = json.loads(result.stdout)
-        assert row["interrupted"]
-        assert row["tokens"] == 2
-    else:
-        assert result.stdout.strip()
-        assert "2 tokens" in result.stderr
+    monkeypatch.setattr(api, "load_engine", watched)
+    row = generate_json(backend, PROMPT * 5, "--prefill-step", "32", "--prefill", "stream")
+    steps = [b - a for a, b in pairwise(done)]
+    assert max(steps) <= 32
+    assert sum(steps) == row["prompt_tokens"]
 
 
-def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: Any) -> None:
-        raise KeyboardInterrupt
+class Clocked:
+    """An engine for which everything takes a known time."""
 
-    monkeypatch.setattr(api, "load_engine", load)
-    assert kvc_run("generate", "a").exit_code == 130
+    name = "cpu"
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
-def test_info() -> None:
-    result = kvc_run("info")
-    assert result.exit_code == 0, result.output
-    row = json.loads(kvc_run("info", "--json").stdout)
-    assert set(row["backends"]) == {"mlx", "cuda", "cpu"}
-    assert all(name in result.stdout for name in [*row["backends"], *row["ops"]])
-
-
-def test_missing_backend_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("mlx_lm", "transformers"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BackendError, match=r"kvc\[torch\]"):
-        api.check_backend("cpu")
-    with pytest.raises(BackendError, match=r"kvc\[mlx\]"):
-        api.check_backend("mlx")
-    with pytest.raises(BackendError, match="auto"):
-        api.check_backend("gpu")
+    def stream(self, ids: list[int], cache: Any, *, on_prefill: Any) -> Iterator[Piece]:
+        self.now += 1.5
+        on_prefill(len(ids) - 1, len(ids))
+        self.now += 0.5
+        for token in range(5):
+            yield Piece(f"{token} ", token)
+            self.now += 0.25
 
 
-@pytest.mark.parametrize(
-    ("installed", "expected"), [({"mlx", "mlx_lm"}, "mlx"), (set(), "kvc.mlx.*kvc.torch")]
-)
-def test_auto_takes_what_there_is(
-    installed: set[str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(api, "find_spec", lambda name: name in installed or None)
-    if installed:
-        assert api.best_backend() == expected
-    else:
-        with pytest.raises(BackendError, match=expected):
-            api.best_backend()
+def test_speeds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats, shown = Stats("cpu", "gear", 60), []
+    run(Clocked(monkeypatch), list(range(60)), None, stats, shown.append, quiet=True)  # type: ignore[arg-type]
+    assert "".join(shown) == "0 1 2 3 4 "
+    assert stats.token_ids == [0, 1, 2, 3, 4]
+    assert stats.prefill_tokens_per_s == pytest.approx(60 / 2)
+    assert stats.decode_tokens_per_s == pytest.approx(4 / 1)
+    assert "prefill  60 tokens, 30.0 tokens/s\ndecode   5 tokens, 4.0 tokens/s" in stats.lines()
 
 
+@both
+def test_loading_counts_for_no_speed(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_backend(backend)
+    load, clock = api.load_engine, time.perf_counter
+    late = [0.0]
+
+    def slow(*args: Any) -> Any:
+        late[0] += 1000
+        return load(*args)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+    monkeypatch.setattr(api, "load_engine", slow)
+    row = generate_json(backend, PROMPT)
+    assert row["prefill_tokens_per_s"] > 1
+
+
+def test_bytes_as_people_read_them() -> None:
+    got = [in_units(n) for n in (0, 1023, 1024, 1536 * 2**10, 3 * 2**30, 2048 * 2**30)]
+    assert got == ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "3.00 GiB", "2048.00 GiB"]
+
+
+@both
 def test_make_cache_and_report(backend: str) -> None:
+    need_backend(backend)
     engine: Any = api.load_engine(backend, str(demo.path()))
     assert api.report(api.make_cache(engine.model, "gear", bits=4)).nbytes == 0
     with pytest.raises(ConfigError, match="parse"):

@@ -12,10 +12,18 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
 
 import kvc.demo  # noqa: E402
 from kvc.backends.torch import engine as engines  # noqa: E402
-from kvc.backends.torch.cache import KVCCache, make_cache, model_mode  # noqa: E402
-from kvc.backends.torch.projections import free_projections, gates, skip  # noqa: E402
+from kvc.backends.torch.cache import make_cache, model_fit, shape_of  # noqa: E402
+from kvc.backends.torch.entry import KVCCache  # noqa: E402
+from kvc.backends.torch.projections import (  # noqa: E402
+    free_projections,
+    freed_layers,
+    gates,
+    put_gates,
+    skip,
+)
 from kvc.errors import BackendError, ConfigError  # noqa: E402
 from kvc.methods import parse  # noqa: E402
+from kvc.store.store import KVStore  # noqa: E402
 
 SIZES = {
     "hidden_size": 64,
@@ -147,7 +155,7 @@ def test_lossless_limit_is_the_library(kind, attend):
     model = tiny(kind, **{**HANDLE, **DENSE}[kind])
     ids, mask = padded_batch()
     expected = generate(model, ids, mask)
-    assert model_mode(model) == ("handle" if kind in HANDLE else "dense")
+    assert model_fit(model).mode == ("handle" if kind in HANDLE else "dense")
     got = generate(model, ids, mask, past_key_values=lossless(model, attend=attend))
     assert got.tolist() == expected.tolist()
     assert generate(model, ids, mask).tolist() == expected.tolist()  # and without our cache
@@ -236,6 +244,17 @@ def test_sliding_layers_stay_the_library_s():
     assert cache.model_layers == (1,)
 
 
+def test_maps_of_hybrids_count_the_models_layers():
+    model = tiny("gemma2", **HANDLE["gemma2"], num_hidden_layers=4)
+    cache = make_cache(model, parse("kvsharer", {"map": "3:1"}))
+    assert (cache.model_layers, cache.sharers) == ((1, 3), {3})
+    assert [cache.store.owner(layer) for layer in range(2)] == [0, 0]
+    generate(model, padded_batch()[0], past_key_values=cache)
+    assert [n > 0 for n in cache.store.report().layers] == [True, False]
+    with pytest.raises(ConfigError, match=r"\(1, 3\), got layer 2 with sliding_attention"):
+        make_cache(model, parse("kvsharer", {"map": "2:1"}))
+
+
 def test_padding_must_be_on_the_left(llama):
     ids, mask = padded_batch()
     with pytest.raises(ConfigError, match="left"):
@@ -268,7 +287,7 @@ def test_refusals():
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=64)
     )
-    with pytest.raises(ConfigError, match="encoder-decoder"):
+    with pytest.raises(ConfigError, match=r"got T5For.*, an encoder-decoder"):
         make_cache(t5, parse("none"))
 
 
@@ -277,7 +296,7 @@ def test_gates_skip_projections_and_open_again(kind):
     model = tiny(kind, **HANDLE[kind])
     ids = padded_batch()[0]
     expected = model(ids).logits
-    assert free_projections(model, {1}) is None
+    assert put_gates(model, {1}) is None
     assert len(gates(model)) == 2
     torch.testing.assert_close(model(ids).logits, expected)
     k_proj = model.model.layers[1].self_attn.k_proj
@@ -288,17 +307,88 @@ def test_gates_skip_projections_and_open_again(kind):
     assert model(ids).logits.isfinite().all()
     skip(gates(model), ())
     torch.testing.assert_close(model(ids).logits, expected)
-    free_projections(model, {1}, keep=False)
-    assert k_proj.weight.untyped_storage().nbytes() == k_proj.weight.itemsize
-    skip(gates(model), ())
+
+
+def weight_bytes(model):
+    """Bytes that the parameters really hold, each storage once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "stablelm"])
+def test_sharers_weights_are_gone_from_memory(kind):
+    model = tiny(kind, **HANDLE[kind], num_hidden_layers=4)
+    ids = padded_batch()[0]
+    method = parse("kvsharer", {"map": "3:1,2:1"})
+    before = weight_bytes(model)
+    expected = generate(model, ids, past_key_values=make_cache(model, method))
+    assert weight_bytes(model) == before  # kept, for caches of other methods
+    plain = generate(model, ids, past_key_values=lossless(model))
+
+    cache = make_cache(model, method, free=True)
+    attention = model.model.layers[1].self_attn
+    owned = [*attention.k_proj.parameters(), *attention.v_proj.parameters()]
+    dead = 2 * sum(p.nbytes for p in owned)  # of two sharers; biases too, where there are any
+    assert dead >= 2 * 2 * 64 * 2 * 16 * 4  # sharers, K and V, d_model, H, D, float32
+    assert before - weight_bytes(model) == dead - 4 * len(owned) * 2  # one number each stays
+    assert generate(model, ids, past_key_values=cache).tolist() == expected.tolist()
+    assert plain.tolist() != expected.tolist()
+
+    assert freed_layers(model) == {2, 3}
+    with pytest.raises(ConfigError, match=r"layers \[2, 3\] were freed.*load the model again"):
+        make_cache(model, parse("none"))
+    with pytest.raises(ConfigError, match=r"layers \[2\] were freed"):
+        make_cache(model, parse("kvsharer", {"map": "3:1"}))
     with pytest.raises(ConfigError, match="load the model again"):
-        model(ids)
+        model(ids)  # with no cache of ours
 
 
 def test_fused_projections_are_left_alone():
     model = tiny("phi3")
     assert "one matrix" in free_projections(model, {1})
     assert gates(model) == []
+    before = weight_bytes(model)
+    cache = make_cache(model, parse("kvsharer", {"map": "1:0"}), free=True)
+    assert weight_bytes(model) == before
+    assert generate(model, padded_batch()[0], past_key_values=cache).shape == (2, 32)
+
+
+def test_method_that_needs_queries_is_refused_in_dense_mode(monkeypatch):
+    method = parse("gear", {"group_size": 16})
+    monkeypatch.setattr(type(method), "needs_queries", True)
+    with pytest.raises(ConfigError, match="gear needs the queries, and the attention of gptj"):
+        make_cache(tiny("gptj", **DENSE["gptj"]), method)
+    make_cache(tiny("llama"), method)
+
+
+def test_soft_caps_and_sinks_reach_the_store(monkeypatch):
+    seen = []
+
+    def observe(store, layer, q, scale, softcap=None, sinks=None):
+        seen.append((tuple(q.shape), scale, softcap, None if sinks is None else tuple(sinks.shape)))
+
+    monkeypatch.setattr(KVStore, "observe", observe)
+    for kind in ("gemma2", "gpt_oss", "llama"):
+        model = tiny(kind, **HANDLE[kind])
+        model(padded_batch()[0], past_key_values=lossless(model, attend=False))
+        (shape, scale, softcap, sinks) = seen[-1]
+        assert (shape, scale) == ((2, 4, 20, 16), 0.25)
+        assert softcap == (50.0 if kind == "gemma2" else None)
+        assert sinks == ((4,) if kind == "gpt_oss" else None)
+
+
+def test_shape_knows_the_sizes():
+    for kind, kinds in (
+        ("gemma2", ("sliding_attention", "full_attention")),
+        ("qwen3_next", ("linear_attention",) * 3 + ("full_attention",)),
+        ("gptj", ("full_attention",) * 2),
+    ):
+        shape = shape_of(tiny(kind, **{**HANDLE, **DENSE}[kind]))
+        heads = (shape.n_heads, shape.n_kv_heads, shape.head_dim)
+        assert heads == (4, 4 if kind == "gptj" else 2, 16)
+        assert (shape.layer_kinds, shape.n_layers) == (kinds, len(kinds))
+        assert (shape.vocab_size, shape.context_length, shape.dtype_bytes) == (*(257, 512, 4),)
+        assert shape.fingerprint == f"{kind}-{len(kinds)}l-4h-{heads[1]}kv-16d-257v"
 
 
 @pytest.fixture(scope="module")
@@ -317,8 +407,8 @@ def test_stream_is_generate(engine):
     )
     expected = generate(engine.model, torch.tensor([ids]))[0, len(ids) :].tolist()
     assert [piece.token for piece in pieces] == expected
-    text = engine.tokenizer.decode(expected, skip_special_tokens=True)
-    assert "".join(piece.text for piece in pieces) == text
+    before, after = map(engine.tokenizer.decode, (ids, ids + expected))
+    assert "".join(piece.text for piece in pieces) == after[len(before) :]
     assert len(seen) == -(-len(ids) // 64)
     assert seen[-1] == (len(ids), len(ids))
     assert isinstance(engine.store(cache), object)
@@ -355,6 +445,7 @@ def test_engine_knows_its_model(engine):
     assert engine.shape.n_layers == 8
     assert (engine.shape.n_heads, engine.shape.n_kv_heads, engine.shape.head_dim) == (4, 2, 64)
     assert engine.shape.dtype_bytes == 4  # float16 on disk, float32 on a CPU
+    assert engine.shape.fingerprint == "llama-8l-4h-2kv-64d-2048v"
     assert set(engine.shape.layer_kinds) == {"full_attention"}
     with pytest.raises(ConfigError, match="chat template"):
         engine.encode("Hello", chat=True)
@@ -368,9 +459,46 @@ def test_load_says_what_is_wrong(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="no GPU"):
             engines.load(str(kvc.demo.path()), "cuda")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(ConfigError, match="not a causal"):
+    for path in ("./nowhere", "no-such-owner/no-such-model", "not/a/name"):
+        with pytest.raises(BackendError, match=path.removeprefix("./")) as info:
+            engines.load(path, "cpu")
+        assert "\n" not in str(info.value)
+    with pytest.raises(BackendError, match=r"there is no .*config\.json"):
         engines.load(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["vit", "t5", "bart", "modernbert"])
+def test_config_of_another_kind_of_model(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ConfigError, match=f"is a {kind} model, not a causal") as info:
+        engines.load(str(tmp_path), "cpu")
+    assert "\n" not in str(info.value)
+
+
+def test_model_that_reads_both_ways_is_refused(tmp_path):
+    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "vocab_size")}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(BackendError, match=r"no file named model\.safetensors"):
+        engines.load(str(tmp_path), "cpu")
+    with pytest.raises(ConfigError, match="expected a causal language model, got Bert") as info:
+        make_cache(transformers.BertLMHeadModel(config), parse("none"))
+    assert "\n" not in str(info.value)
+
+
+def test_dtype_is_set():
+    for dtype, expected in (
+        (None, torch.float32),
+        ("float32", torch.float32),
+        ("float16", torch.float16),
+        ("bfloat16", torch.bfloat16),
+    ):
+        engine = engines.load(str(kvc.demo.path()), "cpu", dtype)
+        assert {p.dtype for p in engine.model.parameters()} == {expected}
+    assert engine.shape.dtype_bytes == 2
+    cache = engine.make_cache(parse("none"))
+    assert len(list(engine.stream(engine.encode("The sea"), cache, max_tokens=3))) == 3
+    assert engine.store(cache).dense(0)[0].dtype == torch.bfloat16
 
 
 def test_no_prompt_ends_in_a_lone_token():

@@ -52,7 +52,7 @@ def attention(
     if dense is None:
         return store.attend(layer, queries, scale, sinks=sinks)
     out = _library(queries, *dense, cache, scale, mask, sinks)
-    store.observe(layer, queries, scale)
+    store.observe(layer, queries, scale, sinks=sinks)
     return out
 
 

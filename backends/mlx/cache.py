@@ -7,71 +7,65 @@ Both must give the logits that the library's own cache gives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 
+from kvc.backends.base import FULL, ModelShape
+from kvc.backends.fit import Fit, check_queries, check_weights, in_short, refusal
 from kvc.backends.mlx.attention import install
 from kvc.backends.mlx.entry import KVCEntry, build, library_entries, name_of, sharers
-from kvc.backends.mlx.projections import freed_layers
+from kvc.backends.mlx.projections import free_projections, freed_layers
 from kvc.errors import ConfigError
 from kvc.methods import Method, parse
 
 # Largest difference of logits in the trial, relative to the largest logit.
 TRIAL_TOL = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 _KINDS = {
-    "KVCache": "full_attention",
+    "KVCache": FULL,
     "RotatingKVCache": "sliding_attention",
     "ChunkedKVCache": "chunked_attention",
     "ArraysCache": "linear_attention",
 }
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What the trial found.
-
-    Attributes:
-        mode: "handle" or "dense".
-        n_kv_heads: Of our layers.
-        head_dim: Of our layers' keys.
-        dtype_bytes: Of one number in them.
-        layer_kinds: Of each entry of the cache.
-    """
-
-    mode: str
-    n_kv_heads: int
-    head_dim: int
-    dtype_bytes: int
-    layer_kinds: tuple[str, ...]
+# What the authors of mlx-lm's model files call these sizes.
+_N_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_CONTEXT = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 
 
-def make_cache(model: Any, method: Method, prefill: str = "exact") -> list[Any]:
+def make_cache(
+    model: Any, method: Method, prefill: str = "exact", *, free: bool = False
+) -> list[Any]:
     """A prompt cache for `model` that keeps its tokens as `method` says.
+
+    Key and value projections of layers that read another layer's cache do not run with this cache.
+    Their weights stay for other caches, unless `free` gives back their memory, for good; models
+    that have q, k and v in one matrix keep them.
 
     Raises:
         ConfigError: If the model and the method do not go together; always before generation.
+        ArtifactError: If the method's files are of another model.
     """
-    mode = model_mode(model)
-    if mode == "dense" and method.needs_queries:
-        raise ConfigError(
-            f"kvc: {method.name} needs the queries, and the attention of "
-            f"{name_of(model)} cannot be reached; use a method that only compresses"
-        )
+    fit = model_fit(model)
+    method = method.check(fit.shape)
+    check_queries(method, fit)
     install()
-    entries = build(model, method, prefill, mode)
-    if lost := sorted(freed_layers(model) - set(sharers(entries))):
-        raise ConfigError(
-            f"kvc: the key and value weights of layers {lost} were freed for a sharing method; "
-            "load the model again to use it without"
-        )
+    entries = build(model, method, prefill, fit.mode)
+    check_weights(freed_layers(model), sharers(entries))
+    if free:
+        free_projections(model, sharers(entries))
     return entries
 
 
-def model_mode(model: Any) -> str:
-    """How this model reads the cache: "handle" or "dense"."""
-    return model_fit(model).mode
+def shape_of(model: Any) -> ModelShape:
+    """The sizes of a model.
+
+    Raises:
+        ConfigError: If the model cannot take our cache.
+    """
+    return model_fit(model).shape
 
 
 def model_fit(model: Any) -> Fit:
@@ -85,7 +79,10 @@ def model_fit(model: Any) -> Fit:
         return known
     install()
     reasons = []
-    expected = _trial_logits(model, plain := library_entries(model))
+    try:
+        expected = _trial_logits(model, plain := library_entries(model))
+    except Exception as why:
+        raise refusal(name_of(model), why) from why
     for mode in ("handle", "dense"):
         entries = build(model, parse("none"), "exact", mode, trial=True)
         ours = [entry for entry in entries if isinstance(entry, KVCEntry)]
@@ -97,12 +94,40 @@ def model_fit(model: Any) -> Fit:
                 "compressed by the model already, and no method here applies"
             )
         if error is None:
-            kinds = tuple(_KINDS.get(type(c).__name__, type(c).__name__) for c in plain)
-            size = ours[0].dtype_bytes
-            vars(model)["_kvc_fit"] = fit = Fit(mode, heads, k_dim, size, kinds)
+            vars(model)["_kvc_fit"] = fit = Fit(mode, _shape(model, plain, ours[0]))
             return fit
         reasons.append(f"{mode}: {error}")
     raise ConfigError(f"kvc: {name_of(model)} cannot use this cache ({'; '.join(reasons)})")
+
+
+def _shape(model: Any, plain: list[Any], filled: KVCEntry) -> ModelShape:
+    """The model's sizes, those of keys from an entry that the model has filled."""
+    _, n_kv_heads, _, head_dim = filled.new_shapes[0]
+    return ModelShape(
+        family=next(_settings(model, str, "model_type"), name_of(model)),
+        n_layers=len(model.layers),
+        n_heads=next(_settings(model, int, *_N_HEADS), n_kv_heads),
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        vocab_size=next(_settings(model, int, "vocab_size"), 0),
+        context_length=next(_settings(model, int, *_CONTEXT), None),
+        dtype_bytes=filled.dtype_bytes,
+        layer_kinds=tuple(_KINDS.get(type(c).__name__, type(c).__name__) for c in plain),
+    )
+
+
+def _settings(model: Any, kind: type, *names: str) -> Iterator[Any]:
+    """What the model's settings say under these names, the text model's own settings first.
+
+    Model files keep only the settings that they use: those of `config.json` come last.
+    """
+    args, config = getattr(model, "args", None), vars(model).get("_kvc_config", {})
+    inner = getattr(model, "language_model", None)
+    text = getattr(args, "text_config", None)
+    for source in (getattr(inner, "args", None), text, args, config.get("text_config"), config):
+        known = source if isinstance(source, dict) else vars(source) if source else {}
+        found = (known.get(name) for name in names)
+        yield from (value for value in found if value and isinstance(value, kind))
 
 
 def _trial(model: Any, entries: list[Any], ours: list[KVCEntry], expected: Any) -> str | None:
@@ -111,7 +136,7 @@ def _trial(model: Any, entries: list[Any], ours: list[KVCEntry], expected: Any) 
     try:
         got = _trial_logits(model, entries)
     except Exception as error:
-        return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
+        return in_short(error)
     if any(entry.offset != 7 for entry in ours):
         return "the model does not fill the cache"
     if ours[0].mode == "handle" and any(entry.windowed for entry in ours):
@@ -123,7 +148,7 @@ def _trial(model: Any, entries: list[Any], ours: list[KVCEntry], expected: Any) 
 
 def _trial_logits(model: Any, entries: list[Any]) -> Any:
     """Logits of six tokens and of a seventh."""
-    vocab = getattr(getattr(model, "args", None), "vocab_size", None) or 64
+    vocab = next(_settings(model, int, "vocab_size"), 64)
     ids = (mx.arange(7)[None] * 37 + 11) % vocab
     steps = [model(ids[:, :6], cache=entries), model(ids[:, 6:], cache=entries)]
     logits = mx.concatenate(steps, 1)

@@ -13,14 +13,14 @@ import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
 from kvc.backends.base import ModelShape, Piece
-from kvc.backends.mlx.cache import make_cache, model_fit
+from kvc.backends.mlx.cache import make_cache, shape_of
 from kvc.backends.mlx.entry import KVCEntry, name_of
+from kvc.backends.text import Text
 from kvc.errors import BackendError, ConfigError
 from kvc.methods import Method
 from kvc.store.store import KVStore
 
 DTYPES = ("float16", "bfloat16", "float32")
-_CONTEXT = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 
 
 class Engine:
@@ -28,33 +28,22 @@ class Engine:
 
     name = "mlx"
 
-    def __init__(self, model: Any, tokenizer: Any, config: dict[str, Any]) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.config = config.get("text_config") or config
-
-    @property
-    def context_length(self) -> int | None:
-        """How many tokens the model was made for, if its config says so."""
-        found = (self.config.get(key) for key in _CONTEXT)
-        return next((n for n in found if isinstance(n, int)), None)
 
     @property
     def shape(self) -> ModelShape:
-        """The sizes that a cache depends on.
+        """The sizes of the model.
 
         Raises:
             ConfigError: If the model cannot take our cache.
         """
-        fit = model_fit(self.model)
-        heads = (self.config.get(key) for key in ("num_attention_heads", "n_head", "n_heads"))
-        return ModelShape(
-            n_layers=len(fit.layer_kinds),
-            n_heads=next((n for n in heads if isinstance(n, int)), fit.n_kv_heads),
-            n_kv_heads=fit.n_kv_heads,
-            head_dim=fit.head_dim,
-            dtype_bytes=fit.dtype_bytes,
-            layer_kinds=fit.layer_kinds,
-        )
+        return shape_of(self.model)
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the model was made for, if its config says so."""
+        return self.shape.context_length
 
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """Token ids of a text, or of a conversation of which it is the first message.
@@ -69,9 +58,11 @@ class Engine:
         messages = [{"role": "user", "content": text}]
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
-    def make_cache(self, method: Method, prefill: str = "exact") -> list[Any]:
-        """A prompt cache that keeps its tokens as `method` says."""
-        return make_cache(self.model, method, prefill)
+    def make_cache(
+        self, method: Method, prefill: str = "exact", *, free: bool = False
+    ) -> list[Any]:
+        """A cache that keeps its tokens as `method` says; see `kvc.backends.mlx.cache`."""
+        return make_cache(self.model, method, prefill, free=free)
 
     def store(self, cache: Sequence[Any]) -> KVStore:
         """The store under a prompt cache."""
@@ -113,8 +104,9 @@ class Engine:
             prefill_step_size=prefill_step,
             prompt_progress_callback=on_prefill,
         )
+        text = Text(self.tokenizer, ids)  # mlx-lm's own would drop the first one's leading space
         for piece in pieces:
-            yield Piece(piece.text, piece.token)
+            yield Piece(text.add(piece.token), piece.token)
 
     def peak_memory(self) -> int:
         """Bytes that MLX held at most."""
@@ -152,7 +144,8 @@ def load(path: str | Path, device: str = "mlx", dtype: str | None = None) -> Eng
         dtype = "float32"
     if dtype is not None:
         model.set_dtype(getattr(mx, dtype))
-    return Engine(model, tokenizer, config)
+    vars(model)["_kvc_config"] = config
+    return Engine(model, tokenizer)
 
 
 def _check_rope(model: Any, config: dict[str, Any]) -> None:

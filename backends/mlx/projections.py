@@ -8,13 +8,16 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from kvc.backends.fit import FUSED
 from kvc.backends.mlx.entry import library_entries
 
-FUSED = "q, k and v are one matrix in this model: the projections still run"
 
+class Freed(nn.Module):
+    """Stands for a projection that nobody reads.
 
-class Zeros(nn.Module):
-    """Stands for a projection that nobody reads: zeros that take no memory."""
+    It gives NaN that takes no memory: a cache that is not ours, which none can refuse, gets no
+    text that looks right.
+    """
 
     def __init__(self, n_out: int) -> None:
         super().__init__()
@@ -22,17 +25,18 @@ class Zeros(nn.Module):
 
     def __call__(self, x: Any) -> Any:
         """Shapes: x [..., D]; returns [..., n_out]."""
-        return mx.broadcast_to(mx.zeros((), x.dtype), (*x.shape[:-1], self.n_out))
+        return mx.broadcast_to(mx.array(mx.nan, x.dtype), (*x.shape[:-1], self.n_out))
 
 
 def free_projections(model: Any, layers: Collection[int]) -> str | None:
-    """Free `k_proj` and `v_proj` of layers that read another layer's tokens.
+    """Free `k_proj` and `v_proj` of layers that read another layer's tokens, for good.
 
-    MLX is lazy and never runs them anyway; this gives back the memory of their weights, for good.
+    MLX is lazy and never runs them anyway. The model then serves only caches in which these layers
+    share.
 
     Args:
         model: The language model.
-        layers: The layers as `kvc.backends.mlx.entry.sharers` gives them.
+        layers: As the model numbers them; `kvc.backends.mlx.entry.sharers` gives them.
 
     Returns:
         Why nothing was freed; None if it was.
@@ -45,8 +49,8 @@ def free_projections(model: Any, layers: Collection[int]) -> str | None:
     for module in found.values():
         for name in ("k_proj", "v_proj"):
             linear = getattr(module, name)
-            if not isinstance(linear, Zeros):
-                setattr(module, name, Zeros(linear.weight.shape[0]))
+            if not isinstance(linear, Freed):
+                setattr(module, name, Freed(linear.weight.shape[0]))
     vars(model)["_kvc_freed"] = freed_layers(model) | set(layers)
     return None
 

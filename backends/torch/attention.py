@@ -68,10 +68,11 @@ def attention(
     store, layer = key.store, key.layer
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     kv = None if key.always_attend else store.dense(layer)
     if kv is not None:
         out, weights = plain(module, query, *kv, attention_mask, *args, **kwargs)
-        store.observe(layer, query, scale)
+        store.observe(layer, query, scale, softcap=softcap, sinks=sinks)
         return out, weights
     window = kwargs.get("sliding_window")
     if window is not None and (key.always_attend or store.length(layer) > window):
@@ -79,7 +80,7 @@ def attention(
             f"kvc: a full-attention layer of the cache is read through a window of {window} "
             "tokens: this model's config and code disagree; use it without kvc"
         )
-    out = store.attend(layer, query, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+    out = store.attend(layer, query, scale, softcap, sinks)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -17,11 +17,12 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from kvc.backends.base import ModelShape, Piece
-from kvc.backends.torch.cache import KVCCache, make_cache
+from kvc.backends.text import Text
+from kvc.backends.torch.cache import make_cache, shape_of
+from kvc.backends.torch.entry import KVCCache
 from kvc.errors import BackendError, ConfigError
 from kvc.methods import Method
 from kvc.store.store import KVStore
@@ -35,8 +36,8 @@ def load(path: str, device: str, dtype: str | None = None) -> "Engine":
     Args:
         path: A folder with `config.json`, or the name of a repository.
         device: "cpu" or "cuda".
-        dtype: "float32", "float16" or "bfloat16"; by default what the model was saved in. On a
-            CPU the half-precision types are slow, and the weights are loaded as float32.
+        dtype: "float32", "float16" or "bfloat16"; by default what the model was saved in, and
+            float32 on a CPU, whose half-precision kernels are slow.
 
     Raises:
         BackendError: If there is no such model or no GPU.
@@ -56,13 +57,13 @@ def load(path: str, device: str, dtype: str | None = None) -> "Engine":
     try:
         path = str(folder) if folder.is_dir() else path
         config = AutoConfig.from_pretrained(path)
-        wanted = wanted or config.get_text_config(decoder=True).dtype or torch.float32
-        wanted = torch.float32 if device == "cpu" else wanted
-        if type(config) not in AutoModelForCausalLM._model_mapping:
+        saved = config.get_text_config(decoder=True).dtype or torch.float32
+        saved = torch.float32 if device == "cpu" else saved
+        if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
             raise ConfigError(
                 f"kvc: {path} is a {config.model_type} model, not a causal language model"
             )
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=wanted)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=wanted or saved)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
@@ -80,25 +81,20 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        config = model.config.get_text_config(decoder=True)
-        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
-        n_heads = config.num_attention_heads
-        kinds = (
-            "full_attention"
-            if type(layer) is DynamicLayer
-            else "sliding_attention"
-            if getattr(layer, "is_sliding", False)
-            else "linear_attention"
-            for layer in DynamicCache(config=config).layers
-        )
-        self.shape = ModelShape(
-            n_layers=config.num_hidden_layers,
-            n_heads=n_heads,
-            n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
-            dtype_bytes=model.dtype.itemsize,
-            layer_kinds=tuple(kinds),
-        )
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes of the model.
+
+        Raises:
+            ConfigError: If the model cannot take our cache.
+        """
+        return shape_of(self.model)
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the model was made for, if its config says so."""
+        return self.shape.context_length
 
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """Token ids of a text, or of the model's chat template around it.
@@ -117,9 +113,9 @@ class Engine:
             )
         )
 
-    def make_cache(self, method: Method, prefill: str = "exact") -> KVCCache:
-        """A cache for this model."""
-        return make_cache(self.model, method, prefill)
+    def make_cache(self, method: Method, prefill: str = "exact", *, free: bool = False) -> KVCCache:
+        """A cache that keeps its tokens as `method` says; see `kvc.backends.torch.cache`."""
+        return make_cache(self.model, method, prefill, free=free)
 
     def store(self, cache: KVCCache) -> KVStore:
         """The store behind a cache."""
@@ -185,7 +181,7 @@ class Engine:
         run = contextvars.copy_context().run
         thread = threading.Thread(target=run, args=(work,), daemon=True)
         thread.start()
-        text = _Text(self.tokenizer)
+        text = Text(self.tokenizer, ids)
         n_prefilled = 0
         try:
             while True:
@@ -251,24 +247,3 @@ class _Tokens(BaseStreamer):
 
     def end(self) -> None:
         pass
-
-
-class _Text:
-    """Text from tokens one by one: a token in the middle of a character yields none yet."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.start = self.done = 0  # ids[:done] is given out; ids[start:] is decoded for context
-
-    def add(self, token: int) -> str:
-        self.ids.append(token)
-        before = self._decode(self.ids[self.start : self.done])
-        now = self._decode(self.ids[self.start :])
-        if len(now) <= len(before) or now.endswith("\ufffd"):
-            return ""
-        self.start, self.done = self.done, len(self.ids)
-        return now[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -2,16 +2,17 @@
 
 The projections stay where they are in the model, under their names; a `Gate` stands before each.
 While a cache is used in which the layer only reads, the gate answers with zeros that take no
-memory, and the weights rest in host memory. With any other cache the weights return.
+memory. With any other cache the projection runs, or, if its weights were freed, it raises.
 """
 
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
-from kvc.errors import ConfigError
+from kvc.backends.fit import FUSED, check_weights
+from kvc.backends.torch.attention import decoder_of
 
 
 class Gate:
@@ -20,52 +21,63 @@ class Gate:
     def __init__(self, linear: Any, layer: int) -> None:
         self.linear, self.layer = linear, layer
         self.forward: Callable[[torch.Tensor], torch.Tensor] = linear.forward
-        self.skips = self.dropped = False
+        self.skips = self.freed = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.linear.weight
         if self.skips:
-            if not self.dropped and weight.device.type != "cpu":
-                weight.data = weight.data.cpu()
             return x.new_zeros(1).expand(*x.shape[:-1], self.linear.out_features)
-        if self.dropped:
-            raise ConfigError(
-                f"kvc: the key and value weights of layer {self.layer} were freed for a sharing "
-                "method; load the model again to use it without"
-            )
-        if weight.device != x.device:
-            weight.data = weight.data.to(x.device)
+        check_weights([self.layer] if self.freed else [], ())
         return self.forward(x)
 
-    def drop(self) -> None:
-        """Free the weights for good; the module keeps their shape."""
-        weight = self.linear.weight
-        weight.data = weight.data.new_zeros(1).expand(weight.shape)
-        self.dropped = True
+    def free(self) -> None:
+        """Free the weights for good; parameters keep their shape over a single number."""
+        for weight in self.linear.parameters():
+            weight.data = weight.data.new_zeros(1).expand(weight.shape)
+        self.freed = True
 
 
-def free_projections(model: nn.Module, layers: Collection[int], *, keep: bool = True) -> str | None:
-    """Put gates before `k_proj` and `v_proj` of the layers; returns why not, or None.
+def put_gates(model: PreTrainedModel, layers: Collection[int]) -> str | None:
+    """Put gates before `k_proj` and `v_proj` of layers, as the model numbers them.
 
-    Args:
-        model: The language model.
-        layers: The layers (as the model numbers them) that read another layer's cache.
-        keep: Whether the weights may return for another cache; False frees them for good.
+    Returns:
+        Why there are none; None if there are.
     """
-    found = {getattr(m, "layer_idx", None): m for m in model.modules() if hasattr(m, "k_proj")}
+    modules = decoder_of(model).modules()
+    found = {getattr(m, "layer_idx", None): m for m in modules if hasattr(m, "k_proj")}
     if any(layer not in found or not hasattr(found[layer], "v_proj") for layer in layers):
-        return "q, k and v are one matrix in this model: the projections still run"
+        return FUSED
     for layer in layers:
-        for name in ("k_proj", "v_proj"):
-            linear = getattr(found[layer], name)
+        for linear in (found[layer].k_proj, found[layer].v_proj):
             if not isinstance(linear.forward, Gate):
                 linear.forward = Gate(linear, layer)
-            if not keep:
-                linear.forward.drop()
     return None
 
 
-def gates(model: nn.Module) -> list[Gate]:
+def free_projections(model: PreTrainedModel, layers: Collection[int]) -> str | None:
+    """Free `k_proj` and `v_proj` of layers that read another layer's tokens, for good.
+
+    The model then serves only caches in which these layers share.
+
+    Args:
+        model: The language model.
+        layers: As the model numbers them; `KVCCache.sharers` has them.
+
+    Returns:
+        Why nothing was freed; None if it was.
+    """
+    why = put_gates(model, layers)
+    for gate in gates(model) if why is None else ():
+        if gate.layer in layers:
+            gate.free()
+    return why
+
+
+def freed_layers(model: PreTrainedModel) -> frozenset[int]:
+    """The layers whose projections are freed."""
+    return frozenset(gate.layer for gate in gates(model) if gate.freed)
+
+
+def gates(model: PreTrainedModel) -> list[Gate]:
     """All gates of a model."""
     return [m.forward for m in model.modules() if isinstance(getattr(m, "forward", None), Gate)]
 

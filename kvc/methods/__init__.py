@@ -1,7 +1,11 @@
 """The methods: frozen dataclasses whose fields are the hyper-parameters of the papers."""
 
-from kvc.methods.base import PRESETS, Method, parse
+from kvc.methods.base import Method
 from kvc.methods.gear import Gear
 from kvc.methods.kvsharer import KVSharer
+from kvc.methods.less import Less
+from kvc.methods.minicache import MiniCache
+from kvc.methods.part import Part
+from kvc.methods.presets import PRESETS, parse
 
-__all__ = ["PRESETS", "Gear", "KVSharer", "Method", "parse"]
+__all__ = ["PRESETS", "Gear", "KVSharer", "Less", "Method", "MiniCache", "Part", "parse"]

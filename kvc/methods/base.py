@@ -1,104 +1,100 @@
-"""A method as a value: at most one filler for each seam, named by presets, joined with `+`."""
+"""A method as a value: at most one part for each seam, in the order share, merge, evict, code."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
 
+from kvc.backends.base import FULL, ModelShape
 from kvc.errors import ConfigError
 from kvc.methods.gear import Gear
 from kvc.methods.kvsharer import KVSharer
-
-Part = Gear | KVSharer
-SEAMS: dict[type[Part], str] = {KVSharer: "layout", Gear: "codec"}
-
-# name: (class, its section in settings, parameters)
-PRESETS: dict[str, tuple[type[Part] | None, str, dict[str, Any]]] = {
-    "none": (None, "none", {}),
-    "kivi": (Gear, "gear", {"prefill_rank": 0, "rank": 0, "outliers": 0.0}),
-    "gear-l": (Gear, "gear", {"outliers": 0.0}),
-    "gear-s": (Gear, "gear", {"prefill_rank": 0, "rank": 0}),
-    "gear": (Gear, "gear", {}),
-    "kvsharer": (KVSharer, "kvsharer", {}),
-}
+from kvc.methods.less import Less
+from kvc.methods.minicache import MiniCache
+from kvc.methods.part import Part
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """What fills each seam; `name` is as the user wrote it."""
 
-    name: str
-    layout: KVSharer | None = None
+    name: str = field(default="none", compare=False)
+    layout: KVSharer | MiniCache | None = None
+    memory: Less | None = None
     codec: Gear | None = None
+    # the model's numbers of the layers that the store has, set by `check`
+    numbers: tuple[int, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuses parts that make no sense together.
+
+        Raises:
+            ConfigError: with the reason.
+        """
+        for part in self.parts:
+            for other in self.parts:
+                if why := part.conflict(other):
+                    raise ConfigError(f"{self.name}: {why}")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that there are."""
+        found: list[Part | None] = [self.layout, self.memory, self.codec]
+        return tuple(part for part in found if part is not None)
+
+    def __add__(self, other: Part | Method) -> Method:
+        """The method that does both.
+
+        Raises:
+            ConfigError: if both fill one seam, or make no sense together.
+        """
+        other = method_of(other) if isinstance(other, Part) else other
+        for f in fields(self):
+            mine, its = getattr(self, f.name), getattr(other, f.name)
+            if f.compare and mine is not None and its is not None:
+                raise ConfigError(
+                    f"{self.name} and {other.name} both fill the seam {f.name}; take one"
+                )
+        return Method(
+            f"{self.name}+{other.name}",
+            self.layout or other.layout,
+            self.memory or other.memory,
+            self.codec or other.codec,
+        )
+
+    def check(self, shape: ModelShape) -> Method:
+        """The same method with what depends on the model: budgets in tokens, layer numbers.
+
+        Raises:
+            ConfigError: if the method and the model do not go together.
+            ArtifactError: if a map or maps were made for another model.
+        """
+        numbers = tuple(i for i, kind in enumerate(shape.layer_kinds) if kind == FULL)
+        if self.codec:
+            self.codec.check(shape.head_dim)
+        layout = self.layout
+        if isinstance(layout, MiniCache):
+            layout.pairs(len(numbers))
+        if isinstance(layout, KVSharer):
+            layout = layout.check(shape)
+        memory = self.memory and self.memory.check(shape)
+        return replace(self, layout=layout, memory=memory, numbers=numbers)
 
     @property
     def needs_queries(self) -> bool:
         """Whether the method watches the queries; such a one needs a model that takes handles."""
-        return False
+        return self.memory is not None
 
     def owners(self, n_layers: int) -> tuple[int, ...]:
         """The layer whose cache each layer reads."""
-        return self.layout.owners(n_layers) if self.layout else tuple(range(n_layers))
+        if isinstance(self.layout, KVSharer):
+            return self.layout.owners(n_layers, self.numbers)
+        return tuple(range(n_layers))
 
-    def sharers(self, n_layers: int) -> tuple[int, ...]:
-        """The layers that read another layer's cache."""
-        return tuple(i for i, owner in enumerate(self.owners(n_layers)) if owner != i)
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(name, names, 3, 0.5)
-    return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(names)}"
+    def pairs(self, n_layers: int) -> tuple[tuple[int, int], ...]:
+        """The pairs of layers that are merged."""
+        return self.layout.pairs(n_layers) if isinstance(self.layout, MiniCache) else ()
 
 
-def _value(part: type[Part], section: str, key: str, value: Any) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(part)}
-    if key not in fields:
-        raise ConfigError(f"{section}: unknown parameter {key!r}; {_near(key, fields)}")
-    kind: type[Any] = type(fields[key].default)
-    try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{section}: {key} must be {kind.__name__}, got {value!r}") from None
-
-
-def parse(text: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """The method that a name such as `gear` or `kvsharer+gear` means.
-
-    Settings are by `section.key`, or by `key` alone where there is one section.
-
-    Raises:
-        ConfigError: an unknown name or parameter, a value out of range, two methods on one seam.
-    """
-    filled: dict[str, tuple[str, Part]] = {}
-    left = dict(settings or {})
-    names = [name.strip() for name in text.split("+")]
-    sections = []
-    for name in names:
-        if name not in PRESETS:
-            raise ConfigError(f"unknown method {name!r}; {_near(name, PRESETS)}")
-        sections.append(PRESETS[name][1])
-    for name in names:
-        part, section, params = PRESETS[name]
-        if part is None:
-            continue
-        given = {}
-        for key in list(left):
-            head, dot, tail = key.rpartition(".")
-            if head == section or (not dot and len(sections) == 1):
-                given[tail] = _value(part, section, tail, left.pop(key))
-        seam = SEAMS[part]
-        if seam in filled:
-            raise ConfigError(f"{filled[seam][0]} and {name} both fill the seam {seam}; take one")
-        filled[seam] = (name, part(**{**params, **given}))
-    if left:
-        key = next(iter(left))
-        keys = [f"{s}.…" for s in dict.fromkeys(sections)]
-        raise ConfigError(
-            f"{text}: no method takes the setting {key!r}; expected {', '.join(keys)}"
-        )
-    parts: dict[str, Any] = {seam: part for seam, (_, part) in filled.items()}
-    return Method("+".join(names), **parts)
+def method_of(part: Part) -> Method:
+    """The method that is one part alone."""
+    return Method(part.section, **{part.seam: part})  # type: ignore[arg-type]

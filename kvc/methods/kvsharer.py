@@ -1,20 +1,31 @@
 """KVSharer: dissimilar layers share one cache.
 
-Yang et al. 2024, arXiv:2410.18517.
+Yang et al. 2024, arXiv:2410.18517. A map m names the layer whose cache each layer reads: m(i) <= i
+and m(m(i)) = m(i). An owner reads its own, m(i) = i; a sharer stores nothing, m(i) < i.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from typing import ClassVar
 
+from kvc.backends.base import FULL, ModelShape
 from kvc.errors import ArtifactError, ConfigError
+from kvc.files import MapFile, check_model, read_map
+from kvc.methods.part import Part
 
 
-@dataclass(frozen=True, slots=True)
-class KVSharer:
-    """Which layers read the cache of which: `5:1,7:3`, or a JSON file with the key `map`."""
+@dataclass(frozen=True)
+class KVSharer(Part):
+    """Which layers read the cache of which: `5:1,7:3`, or the path of a map in a JSON file.
+
+    Numbers are the model's, all its layers counted. The map is read once.
+    """
+
+    seam: ClassVar[str] = "layout"
+    section: ClassVar[str] = "kvsharer"
 
     map: str = ""
 
@@ -22,49 +33,92 @@ class KVSharer:
         """Reads the map.
 
         Raises:
-            ConfigError: if there is none, or a sharer's owner is not an earlier layer.
-            ArtifactError: if its file cannot be read.
+            ConfigError: If there is none, or a layer's owner is a later layer.
+            ArtifactError: If its file is missing, damaged, or says of no model.
         """
         if not self.map:
             raise ConfigError(
                 "kvsharer: expected a map from sharers to owners, got none; "
                 "set kvsharer.map=5:1,7:3 or the path of a JSON file"
             )
-        for sharer, owner in self.pairs().items():
-            if not 0 <= owner < sharer:
+        for layer, owner in self.pairs.items():
+            if not 0 <= owner <= layer:
                 raise ConfigError(
-                    f"kvsharer: a layer shares with an earlier one, got {sharer}:{owner}"
+                    f"kvsharer: a layer shares with an earlier one, got {layer}:{owner}"
                 )
 
-    def pairs(self) -> dict[int, int]:
-        """Owner by sharer, as written."""
-        if not self.map.endswith(".json"):
-            try:
-                pairs = [entry.split(":") for entry in self.map.split(",")]
-                return {int(sharer): int(owner) for sharer, owner in pairs}
-            except ValueError:
-                raise ConfigError(
-                    f"kvsharer: expected a map such as 5:1,7:3, got {self.map!r}"
-                ) from None
-        try:
-            owners = json.loads(Path(self.map).read_text(encoding="utf-8"))["map"]
-            return {i: int(owner) for i, owner in enumerate(owners) if int(owner) != i}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"kvsharer: cannot read the map {self.map}: {error}") from None
+    @cached_property
+    def file(self) -> MapFile | None:
+        """The file's contents, if the map is one."""
+        return read_map(self.map) if self.map.endswith(".json") else None
 
-    def owners(self, n_layers: int) -> tuple[int, ...]:
-        """The owner of each layer, chains followed to their end.
+    @cached_property
+    def pairs(self) -> dict[int, int]:
+        """Owner by layer, as written; layers that are not named own theirs."""
+        if self.file:
+            return {i: owner for i, owner in enumerate(self.file.owners) if owner != i}
+        try:
+            entries = [entry.split(":") for entry in self.map.split(",")]
+            pairs = {int(layer): int(owner) for layer, owner in entries}
+        except ValueError:
+            raise ConfigError(
+                f"kvsharer: expected a map such as 5:1,7:3, got {self.map!r}"
+            ) from None
+        if len(pairs) < len(entries):
+            raise ConfigError(f"kvsharer: expected one owner for a layer, got two in {self.map!r}")
+        return pairs
+
+    def check(self, shape: ModelShape) -> KVSharer:
+        """The same map, which needs no file any more.
 
         Raises:
-            ConfigError: if the map names a layer that the model has not.
+            ArtifactError: If the map's file was made for another model.
+            ConfigError: If the model has no such layers, or one of them keeps a window only.
         """
-        pairs = self.pairs()
-        if pairs and max(pairs) >= n_layers:
+        if self.file:
+            check_model(self.file.model, shape.fingerprint, self.map)
+            if len(self.file.owners) != shape.n_layers:
+                raise ArtifactError(
+                    f"{self.map}: expected a map of {shape.n_layers} layers, got one of "
+                    f"{len(self.file.owners)}"
+                )
+        self._check_layers(shape.n_layers)
+        if len(shape.layer_kinds) != shape.n_layers:
             raise ConfigError(
-                f"kvsharer: the map names layer {max(pairs)}, the model has {n_layers} layers"
+                f"kvsharer: expected a cache for every layer, got {len(shape.layer_kinds)} for "
+                f"{shape.n_layers} layers: this {shape.family} model shares caches already"
             )
+        kept = tuple(i for i, kind in enumerate(shape.layer_kinds) if kind == FULL)
+        sharing = {layer for pair in self.pairs.items() if pair[0] != pair[1] for layer in pair}
+        if others := sharing - {*kept}:
+            raise ConfigError(
+                "kvsharer: expected layers that keep all tokens "
+                f"({', '.join(map(str, kept))}), got layer {min(others)} with "
+                f"{shape.layer_kinds[min(others)]}"
+            )
+        return KVSharer(",".join(f"{i}:{owner}" for i, owner in self.pairs.items()) or "0:0")
+
+    def owners(self, n_layers: int, numbers: Sequence[int] = ()) -> tuple[int, ...]:
+        """The owner of each of the store's layers, by the store's numbers; chains are followed.
+
+        Args:
+            n_layers: How many layers the store has.
+            numbers: The model's numbers of them; by default the store has all layers.
+
+        Raises:
+            ConfigError: If the map names a layer that the model has not.
+        """
+        numbers = numbers or range(n_layers)
+        self._check_layers(numbers[-1] + 1)
+        place = {layer: n for n, layer in enumerate(numbers)}
         owners: list[int] = []
-        for layer in range(n_layers):
-            owner = pairs.get(layer, layer)
-            owners.append(owners[owner] if owner < layer else layer)
+        for n, layer in enumerate(numbers):
+            owner = place[self.pairs.get(layer, layer)]
+            owners.append(owners[owner] if owner < n else n)
         return tuple(owners)
+
+    def _check_layers(self, n_layers: int) -> None:
+        if (last := max(self.pairs, default=0)) >= n_layers:
+            raise ConfigError(
+                f"kvsharer: the map names layer {last}, the model has {n_layers} layers"
+            )

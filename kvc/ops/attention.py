@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from kvc.backends.base import Array, ops_of
 from kvc.ops.dispatch import op
+
+TILE = 2048  # coded tokens that are read at a time; bounds what attention holds decoded
+MASS_ENTRIES = 2**24  # scores that `attention_mass` holds at a time, over all heads and rows
 
 
 class Partial(NamedTuple):
@@ -16,6 +19,20 @@ class Partial(NamedTuple):
 
     out: Array  # [B, Hq, L, D], zero where nothing is seen
     lse: Array  # [B, Hq, L], -inf where nothing is seen
+
+
+class Past(Protocol):
+    """Tokens of K or of V that are not held as they came."""
+
+    @property
+    def n(self) -> int:
+        """How many tokens there are."""
+
+    def read(self, start: int, stop: int) -> Array:
+        """Tokens [B, H, stop - start, D] in the coordinates they are stored in."""
+
+    def turn(self, x: Array) -> Array:
+        """`x` [..., D] from the model's coordinates to the stored ones; its own inverse."""
 
 
 @op
@@ -27,34 +44,146 @@ def attend_dense(
     *,
     causal: bool = False,
     softcap: float | None = None,
+    valid: Array | None = None,
 ) -> Partial:
     """softmax(scale q K^T) V over the tokens, and its log-sum-exp.
 
     With `causal` the newest L tokens are the queries' own: query i sees up to token T - L + i.
 
-    Shapes: q [B, Hq, L, D]; k, v [B, H, T, D].
+    Shapes: q [B, Hq, L, D]; k, v [B, H, T, D]; valid bool [B, H or 1, T], false for empty slots.
     """
     xp = ops_of(q)
     B, Hq, L, D = q.shape
     H, T = k.shape[1], k.shape[2]
     if T == 0:  # a row that has had nothing but padding so far
         return Partial(xp.promote(q) * 0, xp.promote(q)[..., 0] * 0 - np.inf)
-    q = xp.promote(q).reshape(B, H, Hq // H * L, D)
-    scores = (q @ xp.promote(k).swapaxes(-1, -2)) * scale
-    scores = scores.reshape(B, H, Hq // H, L, T)
-    if softcap:
-        scores = xp.tanh(scores / softcap) * softcap
+    scores = _scores(q, k, scale, softcap)
     if causal and L > 1:
-        seen = xp.arange(T, q) <= xp.arange(L, q).reshape(L, 1) + (T - L)
-        scores = xp.where(seen, scores, scores * 0 - np.inf)
+        scores = xp.where(_causal(L, T, q), scores, -np.inf)
+    if valid is not None:
+        scores = xp.where(valid[:, :, None, None, :], scores, -np.inf)
     top = xp.maximum(xp.max(scores, -1, keepdims=True), -1e30)  # finite where nothing is seen
     p = xp.exp(scores - top)
     total = xp.sum(p, -1, keepdims=True)
     some = total > 0
-    p = p / xp.where(some, total, total + 1)
-    out = p.reshape(B, H, Hq // H * L, T) @ xp.promote(v)
-    lse = xp.where(some, top + xp.log(xp.where(some, total, total + 1)), total * 0 - np.inf)
+    safe = xp.where(some, total, 1.0)
+    out = (p / safe).reshape(B, H, Hq // H * L, T) @ xp.promote(v)
+    lse = xp.where(some, top + xp.log(safe), -np.inf)
     return Partial(out.reshape(B, Hq, L, D), lse.reshape(B, Hq, L))
+
+
+@op
+def attend_coded(
+    q: Array, k: Past, v: Past, scale: float, *, softcap: float | None = None
+) -> Partial:
+    """Attention over tokens that are all older than every query, read a tile at a time.
+
+    Shapes: q [B, Hq, L, D]; k, v of n tokens each.
+    """
+    turned = k.turn(q)
+    tiles = [(start, min(start + TILE, k.n)) for start in range(0, k.n, TILE)]
+    parts = [attend_dense(turned, k.read(*t), v.read(*t), scale, softcap=softcap) for t in tiles]
+    out, lse = join(parts)
+    return Partial(v.turn(out), lse)
+
+
+@op
+def attention_mass(
+    q: Array,
+    k: Array,
+    scale: float,
+    *,
+    valid: Array | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+) -> Array:
+    """Each key's probability, summed over the queries and the query heads of its head.
+
+    Causal as in `attend_dense`. A query whose own token is not valid adds nothing. The queries are
+    taken a few at a time, so that memory grows with T alone.
+
+    Shapes: q [B, Hq, L, D]; k [B, H, T, D]; valid bool [B, H or 1, T]; sinks [Hq], logits that
+    only take part in the denominator; returns [B, H, T] in the type that sums are taken in.
+    """
+    xp = ops_of(q)
+    B, Hq, L, _ = q.shape
+    H, T = k.shape[1], k.shape[2]
+    step = max(1, MASS_ENTRIES // (B * Hq * T))
+    total = xp.zeros((B, H, T), xp.promote(q).dtype, q)
+    for start in range(0, L, step):
+        stop = min(start + step, L)
+        scores = _scores(q[:, :, start:stop], k, scale, softcap)
+        scores = xp.where(_causal(L, T, q)[start:stop], scores, -np.inf)
+        if valid is not None:
+            scores = xp.where(valid[:, :, None, None, :], scores, -np.inf)
+        top = xp.maximum(xp.max(scores, -1, keepdims=True), -1e30)
+        if sinks is not None:
+            logits = xp.astype(sinks, scores.dtype).reshape(1, H, Hq // H, 1, 1)
+            top = xp.maximum(top, logits)
+        p = xp.exp(scores - top)
+        below = xp.sum(p, -1, keepdims=True)
+        if sinks is not None:
+            below = below + xp.exp(logits - top)
+        p = p / xp.where(below > 0, below, 1.0)
+        if valid is not None:
+            own = valid[:, :, None, T - L + start : T - L + stop, None]
+            p = xp.where(own, p, 0.0)
+        total = total + xp.sum(xp.sum(p, 3), 2)
+    return total
+
+
+def log_probs(
+    q: Array,
+    k: Array,
+    scale: float,
+    *,
+    valid: Array | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+) -> Array:
+    """Log of each key's probability for one query, summed over all heads.
+
+    In logs, because the least probabilities, which a ranking asks for, are no float32 numbers.
+
+    Shapes: q [B, Hq, 1, D]; k, valid, sinks as in `attention_mass`; returns [B, T].
+    """
+    xp = ops_of(q)
+    B, Hq, _, _ = q.shape
+    H, T = k.shape[1], k.shape[2]
+    scores = _scores(q, k, scale, softcap)
+    if valid is not None:
+        scores = xp.where(valid[:, :, None, None, :], scores, -np.inf)
+    if sinks is not None:
+        logits = xp.astype(sinks, scores.dtype).reshape(1, H, Hq // H, 1, 1)
+        every = xp.concat([scores, scores[..., :1] * 0 + logits], -1)
+    else:
+        every = scores
+    logs = (scores - _log_sum_exp(every, -1)).reshape(B, Hq, T)
+    return _log_sum_exp(logs, 1)[:, 0]
+
+
+def _log_sum_exp(x: Array, axis: int) -> Array:
+    """Log of the sum of exponentials, the axis kept; -inf where there is nothing."""
+    xp = ops_of(x)
+    top = xp.maximum(xp.max(x, axis, keepdims=True), -1e30)
+    total = xp.sum(xp.exp(x - top), axis, keepdims=True)
+    return xp.where(total > 0, top + xp.log(xp.where(total > 0, total, 1.0)), -np.inf)
+
+
+def _scores(q: Array, k: Array, scale: float, softcap: float | None) -> Array:
+    """Scale q K^T, soft-capped. Shapes: returns [B, H, Hq / H, L, T]."""
+    xp = ops_of(q)
+    B, Hq, L, D = q.shape
+    H, T = k.shape[1], k.shape[2]
+    grouped = xp.promote(q).reshape(B, H, Hq // H * L, D)
+    scores = ((grouped @ xp.promote(k).swapaxes(-1, -2)) * scale).reshape(B, H, Hq // H, L, T)
+    return xp.tanh(scores / softcap) * softcap if softcap else scores
+
+
+def _causal(L: int, T: int, like: Array) -> Array:
+    """Which of T tokens each of the newest L sees. Shapes: returns bool [L, T]."""
+    xp = ops_of(like)
+    return xp.arange(T, like) <= xp.arange(L, like).reshape(L, 1) + (T - L)
 
 
 def join(parts: Sequence[Partial]) -> Partial:
@@ -67,6 +196,6 @@ def join(parts: Sequence[Partial]) -> Partial:
     weights = xp.exp(lses - top)
     total = xp.sum(weights, 0)
     some = total > 0
-    safe = xp.where(some, total, total + 1)
+    safe = xp.where(some, total, 1.0)
     out = sum((weights[i] / safe)[..., None] * p.out for i, p in enumerate(parts))
-    return Partial(out, xp.where(some, top + xp.log(safe), total * 0 - np.inf))
+    return Partial(out, xp.where(some, top + xp.log(safe), -np.inf))

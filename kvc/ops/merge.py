@@ -84,7 +84,7 @@ def merge_pair(
         raise ConfigError(f"granularity: expected one of {names}, got {granularity!r}")
     xp = ops_of(xa)
     shape = tuple(xa.shape)
-    xa, xb = (_vectors(xp.promote(x), granularity) for x in (xa, xb))
+    xa, xb = (vectors(xp.promote(x), granularity) for x in (xa, xb))
     (ua, norm_a), (ub, norm_b) = _unit(xa), _unit(xb)
     no_a, no_b = (norm_a == 0)[..., None], (norm_b == 0)[..., None]
     basis = xp.astype(xp.arange(xa.shape[-1], xa) == 0, xa.dtype)
@@ -204,7 +204,7 @@ def _unit(x: Array) -> tuple[Array, Array]:
     return x / xp.where(norm > 0, norm, 1.0)[..., None], norm
 
 
-def _vectors(x: Array, granularity: Granularity) -> Array:
+def vectors(x: Array, granularity: Granularity) -> Array:
     """[B, H, T, D] as it is, or as [B, 1, T, H D]."""
     B, H, T, D = x.shape
     return x if granularity == "head" else x.swapaxes(1, 2).reshape(B, 1, T, H * D)

@@ -17,10 +17,15 @@ Backbone = Literal["kivi", "kcvt", "token"]
 
 
 class Quantized(NamedTuple):
-    """Codes of one block of n tokens, packed; x is about codes * step + low."""
+    """Codes of one block of n tokens, packed; x is about codes * step + low.
+
+    Step and low have one entry for each group of g tokens or channels, on the axes of `grouped`:
+    kivi's keys [B, H, n/g, 1, D]; kivi's values and both of token [B, H, n, D/g, 1]; kcvt's keys
+    [B, H, 1, 1, D] and values [B, 1, n, 1, 1].
+    """
 
     codes: Array  # keys [B, H, D, words of n], values [B, H, n, words of D]
-    step: Array  # [B, H, rows, groups] or broadcastable to the groups of `grouped`
+    step: Array
     low: Array
 
 
@@ -53,6 +58,31 @@ def unpack(words: Array, bits: int, n: int) -> Array:
     return codes.reshape(*words.shape[:-1], words.shape[-1] * per)[..., :n]
 
 
+def pack_tokens(codes: Array, bits: int, role: Role) -> Array:
+    """Codes [B, H, n, D] in words: keys [B, H, D, words of n], values [B, H, n, words of D]."""
+    return pack(codes.swapaxes(-1, -2) if role == "k" else codes, bits)
+
+
+def unpack_tokens(
+    words: Array, bits: int, role: Role, head_dim: int, start: int, stop: int
+) -> Array:
+    """Codes of the tokens `start` to `stop`, [B, H, stop - start, D], from the words they are in.
+
+    `words` are those of `pack_tokens`.
+    """
+    if role == "v":
+        return unpack(words[:, :, start:stop], bits, head_dim)
+    per = 32 // bits
+    first = start // per
+    codes = unpack(words[..., first : math.ceil(stop / per)], bits, stop - first * per)
+    return codes[..., start - first * per :].swapaxes(-1, -2)
+
+
+def whole(start: int, stop: int, size: int, n: int) -> tuple[int, int]:
+    """The tokens of the groups of `size` that `start` to `stop` lie in, among the first `n`."""
+    return start // size * size, min(n, math.ceil(stop / size) * size)
+
+
 def grouped(x: Array, role: Role, backbone: Backbone, group_size: int) -> tuple[Array, int]:
     """`x` [B, H, n, D] with the entries of a group along one axis of its own, and that axis."""
     B, H, n, D = x.shape
@@ -73,42 +103,63 @@ def ungrouped(x: Array, shape: tuple[int, ...], role: Role, backbone: Backbone) 
     return x.reshape(B, H, n, D)
 
 
+def affine(x: Array, axis: int, bits: int, scale: Any, zero: Any) -> tuple[Array, Array, Array]:
+    """Codes, step and low of groups along `axis`: code = clip(round((x - low) / step), 0, top).
+
+    Top is 2^bits - 1. Step is rounded to the dtype `scale` and low to `zero` before the codes are
+    taken, so that reading them back loses nothing more. A group whose step rounds to zero is
+    constant: step 1, codes 0.
+    """
+    xp = ops_of(x)
+    low, high = xp.min(x, axis, keepdims=True), xp.max(x, axis, keepdims=True)
+    top = 2**bits - 1
+    step, low = xp.astype((high - low) / top, scale), xp.astype(low, zero)
+    wide = xp.astype(step, x.dtype)
+    constant = wide == 0
+    wide = xp.where(constant, wide * 0 + 1, wide)
+    codes = xp.round((x - xp.astype(low, x.dtype)) / wide)
+    codes = xp.minimum(xp.maximum(codes, 0), top)
+    return xp.where(constant, codes * 0, codes), xp.astype(wide, scale), low
+
+
 @op
 def quantize(
-    x: Array, bits: int, role: Role, backbone: Backbone, group_size: int, meta: Any
+    x: Array, bits: int, role: Role, backbone: Backbone, group_size: int, scale: Any, zero: Any
 ) -> Quantized:
-    """Asymmetric uniform codes, code = clip(round((x - low) / step), 0, 2^bits - 1).
-
-    Low and step are rounded to `meta` before the codes are taken, so that reading them back loses
-    nothing more. A group whose step rounds to zero is constant: step 1, codes 0.
+    """Asymmetric uniform codes in groups; step is stored in `scale` and low in `zero`, dtypes.
 
     Shapes: x [B, H, n, D], n and D multiples of `group_size` where it groups along them.
     """
-    xp = ops_of(x)
-    g, axis = grouped(xp.promote(x), role, backbone, group_size)
-    low, high = xp.min(g, axis, keepdims=True), xp.max(g, axis, keepdims=True)
-    top = 2**bits - 1
-    step = xp.astype((high - low) / top, meta)
-    low = xp.astype(low, meta)
-    wide = xp.astype(step, g.dtype)
-    wide = xp.where(wide == 0, wide * 0 + 1, wide)
-    codes = xp.round((g - xp.astype(low, g.dtype)) / wide)
-    codes = xp.minimum(xp.maximum(codes, 0), top)
-    codes = xp.where(xp.astype(step, g.dtype) == 0, codes * 0, codes)
-    codes = ungrouped(codes, x.shape, role, backbone)
-    if role == "k":
-        codes = codes.swapaxes(-1, -2)
-    return Quantized(pack(codes, bits), xp.astype(wide, meta), low)
+    g, axis = grouped(ops_of(x).promote(x), role, backbone, group_size)
+    codes, step, low = affine(g, axis, bits, scale, zero)
+    return Quantized(pack_tokens(ungrouped(codes, x.shape, role, backbone), bits, role), step, low)
 
 
 def dequantize(
-    code: Quantized, shape: tuple[int, ...], bits: int, role: Role, backbone: Backbone, group: int
+    code: Quantized,
+    bits: int,
+    role: Role,
+    backbone: Backbone,
+    group_size: int,
+    n: int,
+    head_dim: int,
+    start: int,
+    stop: int,
 ) -> Array:
-    """Low + step * codes, [B, H, n, D] in the type that sums are taken in."""
+    """Low + step * codes of the tokens `start` to `stop` of n, in the type that sums are taken in.
+
+    Shapes: returns [B, H, stop - start, D].
+    """
     xp = ops_of(code.codes)
     step, low = xp.promote(code.step), xp.promote(code.low)
-    codes = unpack(code.codes, bits, shape[2] if role == "k" else shape[3])
-    if role == "k":
-        codes = codes.swapaxes(-1, -2)
-    g, _ = grouped(xp.astype(codes, step.dtype), role, backbone, group)
-    return ungrouped(g * step + low, shape, role, backbone)
+    first, last = start, stop
+    if backbone == "kivi" and role == "k":
+        first, last = whole(start, stop, group_size, n)
+        groups = slice(first // group_size, last // group_size)
+        step, low = step[:, :, groups], low[:, :, groups]
+    elif backbone != "kcvt" or role == "v":
+        step, low = step[:, :, start:stop], low[:, :, start:stop]
+    codes = unpack_tokens(code.codes, bits, role, head_dim, first, last)
+    g, _ = grouped(xp.astype(codes, step.dtype), role, backbone, group_size)
+    x = ungrouped(g * step + low, tuple(codes.shape), role, backbone)
+    return x[:, :, start - first : stop - first]

@@ -6,7 +6,7 @@ GEAR (Kang et al. 2024, arXiv:2403.05527): X is about D + L + S.
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,12 +67,39 @@ def fill(x: Array, index: Array, role: Role) -> Array:
     return unrows(filled, x.shape, role)
 
 
-def add_rows(x: Array, outliers: Outliers, role: Role) -> Array:
-    """`x` with the deltas added at their places."""
+def clear(x: Array, index: Array, role: Role) -> Array:
+    """`x` with its outliers set to zero."""
     xp = ops_of(x)
     r = rows(x, role)
-    delta = xp.astype(outliers.delta, r.dtype)
-    return unrows(xp.add_along_axis(r, outliers.index, delta, -1), x.shape, role)
+    cleared = xp.put_along_axis(r, index, xp.take_along_axis(r, index, -1) * 0, -1)
+    return unrows(cleared, x.shape, role)
+
+
+def take_rows(x: Array, index: Array, role: Role, dtype: Any) -> Outliers:
+    """What `x` has at the places `index`, to be stored in `dtype`.
+
+    Places are stored as the low 16 bits where a row has no more than 65536 of them.
+    """
+    xp = ops_of(x)
+    r = rows(x, role)
+    places = xp.astype(index, xp.dtype("int16" if r.shape[-1] <= 2**16 else "int32"))
+    return Outliers(places, xp.astype(xp.take_along_axis(r, index, -1), dtype))
+
+
+def add_rows(x: Array, outliers: Outliers, role: Role, start: int = 0) -> Array:
+    """`x`, the tokens of a block from `start` on, with the deltas added that lie on them."""
+    xp = ops_of(x)
+    stop = start + x.shape[2]
+    index, delta = xp.astype(outliers.index, xp.dtype("int32")), outliers.delta
+    if xp.itemsize(outliers.index) == 2:
+        index = index & 0xFFFF
+    delta = xp.astype(delta, x.dtype)
+    if role == "k":
+        inside = (index >= start) & (index < stop)
+        index, delta = xp.where(inside, index - start, 0), xp.where(inside, delta, 0)
+    else:
+        index, delta = index[:, start:stop], delta[:, start:stop]
+    return unrows(xp.add_along_axis(rows(x, role), index, delta, -1), x.shape, role)
 
 
 def start(

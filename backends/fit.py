@@ -1,0 +1,69 @@
+"""What a trial tells of how a model takes our cache, and what follows from it, on any library."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from kvc.backends.base import ModelShape
+from kvc.errors import ConfigError
+from kvc.methods import Method
+
+# Why weights that nobody reads cannot be freed.
+FUSED = "q, k and v are one matrix in this model: the projections still run"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What the trial found: how the model reads the cache, and its sizes.
+
+    Attributes:
+        mode: "handle", where attention comes to the store, or "dense", where it does not.
+        shape: The model's sizes.
+    """
+
+    mode: str
+    shape: ModelShape
+
+
+def in_short(error: Exception) -> str:
+    """An error of a library's code as a part of a line."""
+    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
+
+
+def refusal(name: str, error: Exception) -> ConfigError:
+    """For a model that does not even run with the cache of its own library."""
+    return ConfigError(
+        f"kvc: expected a causal language model, got {name}, which cannot take one token after "
+        f"others: {in_short(error)}"
+    )
+
+
+def check_queries(method: Method, fit: Fit) -> None:
+    """Refuse a method that needs the queries of a model whose attention does not come to us.
+
+    Raises:
+        ConfigError: If it is so.
+    """
+    if fit.mode == "dense" and method.needs_queries:
+        raise ConfigError(
+            f"kvc: {method.name} needs the queries, and the attention of {fit.shape.family} "
+            "cannot be reached; use a method that only compresses"
+        )
+
+
+def check_weights(freed: Collection[int], sharers: Collection[int]) -> None:
+    """Refuse a cache in which a layer needs key and value weights that were freed.
+
+    Args:
+        freed: The layers without weights, by the model's numbers.
+        sharers: The layers that need none with this cache.
+
+    Raises:
+        ConfigError: If it is so.
+    """
+    if lost := sorted(set(freed) - set(sharers)):
+        raise ConfigError(
+            f"kvc: the key and value weights of layers {lost} were freed for a sharing method; "
+            "load the model again to use it without"
+        )

@@ -1,0 +1,120 @@
+"""One tensor's coded tokens: equal blocks lie behind each other in one buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from kvc.backends.base import Array, ops_of
+from kvc.methods.gear import Gear
+from kvc.ops.codec import Code, Spec, arrays, decode, encode, map_code, turn
+from kvc.ops.quant import Role
+from kvc.store.unit import Part
+
+
+@dataclass(slots=True)
+class Run:
+    """Blocks coded alike: the first `n` of buffers [capacity, B, ...]."""
+
+    code: Code
+    spec: Spec
+    n: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the blocks hold together."""
+        return self.n * self.spec.n
+
+    def append(self, code: Code) -> None:
+        """Adds a block; full buffers grow by an eighth, or by one block."""
+
+        def put(buffer: Array, new: Array) -> Array:
+            xp = ops_of(new)
+            if self.n == buffer.shape[0]:
+                room = xp.zeros((max(1, self.n // 8), *new.shape), new.dtype, new)
+                buffer = xp.concat([buffer, room], 0)
+            return xp.write(buffer, self.n, new[None], 0)
+
+        self.code = map_code(put, self.code, code)
+        self.n += 1
+
+    def read(self, start: int, stop: int) -> Array:
+        """Tokens of the run, decoded: of a long block, or of whole short ones, only what it takes.
+
+        Shapes: returns [B, H, stop - start, D].
+        """
+        size = self.spec.n
+        first, last = start // size, -(-stop // size)
+        if last - first == 1:
+            block = map_code(lambda x: x[first], self.code)
+            return decode(block, self.spec, start - first * size, stop - first * size)
+
+        def merged(x: Array) -> Array:
+            return x[first:last].reshape(-1, *x.shape[2:])
+
+        x = decode(map_code(merged, self.code), self.spec)
+        _, H, n, D = x.shape
+        x = x.reshape(last - first, -1, H, n, D).swapaxes(0, 1).swapaxes(1, 2)
+        x = x.reshape(x.shape[0], H, (last - first) * n, D)
+        return x[:, :, start - first * size : stop - first * size]
+
+
+@dataclass(slots=True)
+class Coded:
+    """All coded tokens of K or of V of one layer, oldest first; a block is never coded again."""
+
+    codec: Gear
+    role: Role
+    layer: int
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        """How many tokens there are."""
+        return sum(run.tokens for run in self.runs)
+
+    def append(self, x: Array, rank: int) -> None:
+        """Codes a block of finite tokens [B, H, n, D] with a low-rank fit of `rank`."""
+        codec, count = self.codec, sum(run.n for run in self.runs)
+        spec = codec.spec(self.role, x.shape[2], x.shape[3])
+        seed = (codec.seed, self.layer, count)
+        code = encode(x, spec, rank=rank, outliers=codec.outliers, n_iter=codec.n_iter, seed=seed)
+        if self.runs and self.runs[-1].spec == spec and _alike(self.runs[-1].code, code):
+            self.runs[-1].append(code)
+        else:
+            self.runs.append(Run(map_code(lambda x: x[None], code), spec, 1))
+
+    def read(self, start: int, stop: int) -> Array:
+        """Tokens start to stop, decoded, in the coordinates they are stored in."""
+        pieces, at = [], 0
+        for run in self.runs:
+            begin, end = max(start - at, 0), min(stop - at, run.tokens)
+            if begin < end:
+                pieces.append(run.read(begin, end))
+            at += run.tokens
+        return pieces[0] if len(pieces) == 1 else ops_of(pieces[0]).concat(pieces, 2)
+
+    def turn(self, x: Array) -> Array:
+        """`x` [..., D] into the coordinates that tokens are stored in, or back."""
+        return turn(x, self.runs[0].spec) if self.runs else x
+
+    def rows(self, rows: Sequence[int]) -> Coded:
+        """Some of the rows, which may repeat."""
+
+        def take(x: Array) -> Array:
+            return ops_of(x).take(x, rows, 1)
+
+        runs = [Run(map_code(take, run.code), run.spec, run.n) for run in self.runs]
+        return Coded(self.codec, self.role, self.layer, runs)
+
+    def parts(self) -> Iterator[Part]:
+        """Every array that is held."""
+        for run in self.runs:
+            for name, x in arrays(run.code):
+                yield name, x, x.nbytes // x.shape[0] * (x.shape[0] - run.n)
+
+
+def _alike(buffers: Code, code: Code) -> bool:
+    """Whether a block has arrays of the shapes that the blocks in the buffers have."""
+    shapes = [tuple(x.shape[1:]) for _, x in arrays(buffers)]
+    return shapes == [tuple(x.shape) for _, x in arrays(code)]

@@ -1,0 +1,48 @@
+"""Queries that eviction policies look at, kept for as long as they may be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvc.backends.base import Array, ops_of
+from kvc.ops.attention import attention_mass
+from kvc.store.unit import Query
+
+RECALL = 64  # newest queries of a step whose mass is added late, so that they can be forgotten
+
+
+@dataclass(slots=True)
+class Watch:
+    """The newest queries, whose attention mass is not added to the scores yet."""
+
+    query: Query | None = None
+
+    def see(self, query: Query) -> Query | None:
+        """Takes note of a step's queries; returns those that are too many to wait."""
+        L = query.q.shape[2]
+        self.query = query._replace(q=query.q[:, :, max(0, L - RECALL) :])
+        return query._replace(q=query.q[:, :, : L - RECALL]) if L > RECALL else None
+
+    def trim(self, n: int) -> None:
+        """Forgets the newest `n` queries."""
+        if self.query is not None:
+            left = self.query.q.shape[2] - n
+            self.query = self.query._replace(q=self.query.q[:, :, :left]) if left > 0 else None
+
+    def newest(self, n: int) -> Watch:
+        """The newest `n` queries, where there are more."""
+        query = self.query
+        return Watch(query and query._replace(q=query.q[:, :, max(0, query.q.shape[2] - n) :]))
+
+    def rows(self, rows: Sequence[int]) -> Watch:
+        """The queries of some of the rows."""
+        query = self.query
+        return Watch(query and query._replace(q=ops_of(query.q).take(query.q, rows, 0)))
+
+
+def mass(query: Query, k: Array, valid: Array | None) -> Array:
+    """Attention mass [B, H, T] of keys, of which the newest are the queries' own."""
+    return attention_mass(
+        query.q, k, query.scale, valid=valid, softcap=query.softcap, sinks=query.sinks
+    )
