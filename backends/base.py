@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -72,9 +73,6 @@ class Ops(Protocol):
     def maximum(self, a: Array, b: Any) -> Array: ...
     def minimum(self, a: Array, b: Any) -> Array: ...
     def write(self, buffer: Array, start: int, x: Array, axis: int) -> Array: ...
-    def write_rows(
-        self, buffer: Array, rows: Sequence[int], start: int, x: Array, axis: int
-    ) -> Array: ...
     def orthonormal(self, x: Array) -> Array: ...
 
 
@@ -139,6 +137,16 @@ class Piece:
 
     text: str
     token: int
+
+
+def chunk_size(n: int, step: int) -> int:
+    """The largest piece up to `step`, or the next larger one, that leaves no lone token of `n`.
+
+    The store takes a single token after others for the first step of decoding.
+    """
+    if n < 2:
+        return max(step, 1)
+    return next(size for size in chain(range(step, 1, -1), count(step + 1)) if n % size != 1)
 
 
 class Engine(Protocol):

@@ -137,29 +137,21 @@ def write(buffer: Array, start: int, x: Array, axis: int) -> Array:
     return mx.slice_update(buffer, x.astype(buffer.dtype), mx.array([start]), [axis % buffer.ndim])
 
 
-def write_rows(buffer: Array, rows: Sequence[int], start: int, x: Array, axis: int) -> Array:
-    """The same for some rows of the batch alone; `x` holds those rows."""
-    for i, row in enumerate(rows):
-        buffer = mx.slice_update(
-            buffer,
-            x[i : i + 1].astype(buffer.dtype),
-            mx.array([row, start]),
-            [0, axis % buffer.ndim],
-        )
-    return buffer
-
-
 def orthonormal(x: Array) -> Array:
     """The thin QR's Q of matrices [..., n, r], n >= r, by Gram-Schmidt twice over.
 
-    MLX factorizes on the CPU alone, which would stall the GPU in every block.
+    MLX factorizes on the CPU alone, which would stall the GPU in every block. What is left of a
+    dependent column is rounding noise, whose squares would vanish: hence both passes scale it.
     """
     columns: list[Array] = []
     for i in range(x.shape[-1]):
         c = x[..., i : i + 1]
-        for _ in range(2):
+        for _ in range(3):
             for b in columns:
                 c = c - b * mx.sum(b * c, -2, keepdims=True)
-        norm = mx.sqrt(mx.sum(c * c, -2, keepdims=True))
-        columns.append(c / mx.maximum(norm, mx.array(1e-30, x.dtype)))
+            peak = mx.max(mx.abs(c), -2, keepdims=True)
+            c = c / mx.maximum(peak, mx.array(1e-30, x.dtype))
+            norm = mx.sqrt(mx.sum(c * c, -2, keepdims=True))
+            c = c / mx.maximum(norm, mx.array(1, x.dtype))
+        columns.append(c)
     return mx.concatenate(columns, -1)

@@ -144,14 +144,6 @@ def write(buffer: Array, start: int, x: Array, axis: int) -> Array:
     return buffer
 
 
-def write_rows(buffer: Array, rows: Sequence[int], start: int, x: Array, axis: int) -> Array:
-    """The same for some rows of the batch alone; `x` holds those rows."""
-    buffer = buffer.copy()
-    for i, row in enumerate(rows):
-        buffer[row] = write(buffer[row], start, x[i], axis % buffer.ndim - 1)
-    return buffer
-
-
 def orthonormal(x: Array) -> Array:
     """The thin QR's Q of matrices [..., n, r], n >= r."""
     return np.linalg.qr(x)[0]

@@ -142,13 +142,6 @@ def write(buffer: Array, start: int, x: Array, axis: int) -> Array:
     return buffer
 
 
-def write_rows(buffer: Array, rows: Sequence[int], start: int, x: Array, axis: int) -> Array:
-    """The same for some rows of the batch alone; `x` holds those rows."""
-    for i, row in enumerate(rows):
-        buffer[row].narrow(axis % buffer.ndim - 1, start, x.shape[axis]).copy_(x[i])
-    return buffer
-
-
 def orthonormal(x: Array) -> Array:
     """The thin QR's Q of matrices [..., n, r], n >= r."""
     return torch.linalg.qr(x)[0]

@@ -51,9 +51,7 @@ class Method:
         for f in fields(self):
             mine, its = getattr(self, f.name), getattr(other, f.name)
             if f.compare and mine is not None and its is not None:
-                raise ConfigError(
-                    f"{self.name} and {other.name} both fill the seam {f.name}; take one"
-                )
+                raise clash(self.name, other.name, f.name)
         return Method(
             f"{self.name}+{other.name}",
             self.layout or other.layout,
@@ -98,3 +96,8 @@ class Method:
 def method_of(part: Part) -> Method:
     """The method that is one part alone."""
     return Method(part.section, **{part.seam: part})  # type: ignore[arg-type]
+
+
+def clash(a: str, b: str, seam: str) -> ConfigError:
+    """The error of two methods on one seam."""
+    return ConfigError(f"{a} and {b} both fill the seam {seam}; take one")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvc.errors import ConfigError
-from kvc.methods.base import Method
+from kvc.methods.base import Method, clash
 from kvc.methods.gear import Gear
 from kvc.methods.kvsharer import KVSharer
 from kvc.methods.less import Less
@@ -58,6 +58,8 @@ def parse(text: str, settings: Mapping[str, Any] | None = None) -> Method:
         kind, params = PRESETS[name]
         if kind is None:
             continue
+        if getattr(method, kind.seam) is not None:
+            raise clash(method.name, name, kind.seam)
         given = {}
         for key in list(left):
             head, dot, tail = key.rpartition(".")

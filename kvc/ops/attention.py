@@ -11,7 +11,7 @@ from kvc.backends.base import Array, ops_of
 from kvc.ops.dispatch import op
 
 TILE = 2048  # coded tokens that are read at a time; bounds what attention holds decoded
-MASS_ENTRIES = 2**24  # scores that `attention_mass` holds at a time, over all heads and rows
+SCORES = 2**22  # scores that are held at a time, over all heads and rows
 
 
 class Partial(NamedTuple):
@@ -48,7 +48,8 @@ def attend_dense(
 ) -> Partial:
     """softmax(scale q K^T) V over the tokens, and its log-sum-exp.
 
-    With `causal` the newest L tokens are the queries' own: query i sees up to token T - L + i.
+    With `causal` the newest L tokens are the queries' own: query i sees up to token T - L + i. Many
+    queries are taken a few at a time, so that memory grows with T alone.
 
     Shapes: q [B, Hq, L, D]; k, v [B, H, T, D]; valid bool [B, H or 1, T], false for empty slots.
     """
@@ -57,6 +58,20 @@ def attend_dense(
     H, T = k.shape[1], k.shape[2]
     if T == 0:  # a row that has had nothing but padding so far
         return Partial(xp.promote(q) * 0, xp.promote(q)[..., 0] * 0 - np.inf)
+    step = max(1, SCORES // (B * Hq * T))
+    if step < L:
+        parts = []
+        for start in range(0, L, step):
+            stop = min(start + step, L)
+            seen = T - L + stop if causal else T
+            some = None if valid is None else valid[:, :, :seen]
+            parts.append(
+                attend_dense(
+                    q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], scale,
+                    causal=causal, softcap=softcap, valid=some,
+                )
+            )  # fmt: skip
+        return Partial(*(xp.concat([part[i] for part in parts], 2) for i in (0, 1)))
     scores = _scores(q, k, scale, softcap)
     if causal and L > 1:
         scores = xp.where(_causal(L, T, q), scores, -np.inf)
@@ -108,7 +123,7 @@ def attention_mass(
     xp = ops_of(q)
     B, Hq, L, _ = q.shape
     H, T = k.shape[1], k.shape[2]
-    step = max(1, MASS_ENTRIES // (B * Hq * T))
+    step = max(1, SCORES // (B * Hq * T))
     total = xp.zeros((B, H, T), xp.promote(q).dtype, q)
     for start in range(0, L, step):
         stop = min(start + step, L)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from kvc.backends.base import Array, ops_of
 from kvc.ops.attention import Partial
+from kvc.ops.dispatch import op
 
 
 class Kernels(NamedTuple):
@@ -54,6 +55,7 @@ def _gelu(x: Array) -> Array:
     return 0.5 * x * (1 + ops_of(x).erf(x * math.sqrt(0.5)))
 
 
+@op
 def fold_evicted(
     state: Array, norm: Array, k: Array, v: Array, valid: Array, kernels: Kernels
 ) -> tuple[Array, Array]:
@@ -71,6 +73,7 @@ def fold_evicted(
     )
 
 
+@op
 def attend_state(q: Array, state: Array, norm: Array, kernels: Kernels) -> Partial:
     """What the evicted answer, to join with the kept: phi Hs / rho and log rho, rho = phi z.
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvc.backends.base import Array, ops_of
 from kvc.errors import ConfigError
+from kvc.ops.dispatch import op
 
 How = Literal["slerp", "mean", "max-norm"]
 Granularity = Literal["head", "token"]
@@ -64,6 +65,7 @@ def _slerp(ua: Array, ub: Array, w: Array, t: float) -> Array:
     return _unit(of_a[..., None] * ua + of_b[..., None] * ub)[0]
 
 
+@op
 def merge_pair(
     xa: Array, xb: Array, t: float, how: How = "slerp", granularity: Granularity = "head"
 ) -> Merged:

@@ -1,0 +1,1 @@
+"""Measurements that back the README's figures; `results/` keeps the rows."""
