@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from kvc.backends.base import Array, ops_of
 from kvc.methods.minicache import MiniCache
@@ -58,8 +59,13 @@ class Originals:
         return xp.sum(xp.astype(self.index >= 0, self.index.dtype), -1)
 
     def live(self) -> int:
-        """Entries in use, over all rows."""
+        """Entries in use, over all rows; asks the device."""
         return int(ops_of(self.index).sum(self._count(), 0))
+
+    def slack(self, x: Array) -> int:
+        """Bytes of one of the buffers that no entry uses yet."""
+        entries = self.index.shape[0] * self.index.shape[1]
+        return int(x.nbytes // max(1, entries) * (entries - self.live()))
 
 
 @dataclass(slots=True)
@@ -191,7 +197,5 @@ class Merged:
         for limit in self.limits or ():
             yield "thresholds", limit, 0
         if kept := self.originals:
-            free = kept.index.shape[0] * kept.index.shape[1] - kept.live()
             for x in (kept.index, kept.a, kept.b):
-                entries = max(1, kept.index.shape[0] * kept.index.shape[1])
-                yield "retained", x, x.nbytes // entries * free
+                yield "retained", x, partial(kept.slack, x)

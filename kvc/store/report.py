@@ -19,8 +19,8 @@ class Report:
     # codes, scales, low rank, outliers; directions, norms, retained, thresholds; kept, positions,
     # scores, state; window: tokens as they came; slack: room in buffers that nothing uses yet
     parts: dict[str, int]
-    layers: list[int]  # bytes by layer; 0 for a layer that reads another's
-    kinds: list[str] = field(default_factory=list)  # of the model's layers, and what they keep
+    layers: list[int]  # bytes by layer of the store; 0 for a layer that reads another's
+    kinds: list[str] = field(default_factory=list)  # what each of the model's layers keeps
 
 
 def measure(slots: Iterable[Slot], n_layers: int, dense_bytes: int) -> Report:
@@ -29,8 +29,9 @@ def measure(slots: Iterable[Slot], n_layers: int, dense_bytes: int) -> Report:
     layers = [0] * n_layers
     for slot in slots:
         for layer, (name, x, slack) in slot.parts():
-            parts[name] += x.nbytes - slack
-            parts["slack"] += slack
+            unused = slack() if callable(slack) else slack
+            parts[name] += x.nbytes - unused
+            parts["slack"] += unused
             layers[layer] += x.nbytes
     total = sum(layers)
     ratio = dense_bytes / total if total else 1.0

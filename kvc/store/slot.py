@@ -75,7 +75,7 @@ class Slot:
         groups = self.units()
         for _, unit in groups:
             unit.settle(prompt)
-        if any(True for _, unit in groups for name, *_ in _parts(unit) if name != "window"):
+        if self.whole and any(name != "window" for _, unit in groups for name, *_ in _parts(unit)):
             self.groups, self.whole, self.mass, self.watch = groups, {}, None, Watch()
 
     def units(self) -> list[tuple[list[int], Unit]]:

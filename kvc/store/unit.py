@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from kvc.backends.base import Array, ops_of
 from kvc.errors import KVCError
 from kvc.ops.attention import Partial
 
-Part = tuple[str, Array, int]  # what its bytes count for, the array, bytes that nothing uses yet
+# What its bytes count for, the array, and the bytes of it that nothing uses yet: a function where
+# the device has to be asked.
+Part = tuple[str, Array, int | Callable[[], int]]
 
 
 class Query(NamedTuple):
