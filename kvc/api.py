@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import sys
 from importlib import import_module
@@ -74,15 +75,17 @@ def make_cache(
 def report(cache: Any) -> Report:
     """The bytes of a cache from `make_cache`, by part and by layer, and the dense cache's.
 
+    It says of each of the model's layers what it keeps.
+
     Raises:
         ConfigError: If the cache is none of ours.
     """
     entries = cache if isinstance(cache, list | tuple) else [cache]
-    store = next((e.store for e in entries if hasattr(e, "store")), None)
-    if store is None:
+    entry = next((e for e in entries if hasattr(e, "store")), None)
+    if entry is None:
         got = type(cache).__name__
         raise ConfigError(f"report: expected a cache from kvc.make_cache, got a {got} of another")
-    result: Report = store.report()
+    result: Report = dataclasses.replace(entry.store.report(), kinds=list(entry.kinds))
     return result
 
 
