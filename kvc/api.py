@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvc.errors import BackendError, ConfigError
-from kvc.methods import PRESETS, Method, parse
+from kvc.methods import PRESETS, Method, Part, method_of, parse
 
 if TYPE_CHECKING:
     from kvc.backends.base import Engine, ModelShape
@@ -35,7 +35,7 @@ BACKENDS = {
 
 def make_cache(
     model: Any,
-    method: str | Method = "gear",
+    method: str | Method | Part = "gear",
     prefill: str = "exact",
     *,
     free: bool = False,
@@ -47,7 +47,8 @@ def make_cache(
 
     Args:
         model: As `mlx_lm.load` or `from_pretrained` return it.
-        method: A preset's name, several joined by `+`, or what `parse` returns.
+        method: A preset's name, several joined by `+`, what `parse` returns, or its parts as
+            values, such as `KVSharer("map.json") + Gear(bits=2)`.
         prefill: `exact` keeps the prompt dense until it ends; `stream` compresses its pieces.
         free: Free the weights that the method makes useless, KVSharer's projections, for good.
         params: The method's, such as `bits=2`; with several methods `**{"gear.bits": 2}`.
@@ -62,6 +63,8 @@ def make_cache(
             f"make_cache: a parsed method has its parameters, got {', '.join(params)} as well; "
             "give them to parse"
         )
+    if isinstance(method, Part):
+        method = method_of(method)
     roots = {c.__module__.split(".")[0] for c in type(model).__mro__}
     library = next((name for name in ("mlx", "torch") if name in roots), None)
     if library is None:

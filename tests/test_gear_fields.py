@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvc.errors import ConfigError
-from kvc.methods import Gear
+from kvc.methods import Gear, KVSharer, Less, parse
 from kvc.ops.codec import Spec
 
 SLIDING = {"prefill_rank": 0, "rank": 0, "outliers": 0.0, "value_window": "sliding"}
@@ -66,3 +66,13 @@ def test_a_spec_is_of_one_role() -> None:
 
 def test_a_sliding_window_takes_plain_kivi() -> None:
     assert Gear(**SLIDING, sink=4, group_size=32).value_window == "sliding"  # type: ignore[arg-type]
+
+
+def test_values_add_up_to_what_parse_gives() -> None:
+    settings = {"kvsharer.map": "3:1", "gear.bits": "4"}
+    assert KVSharer("3:1") + Gear(bits=4) == parse("kvsharer+gear", settings)
+    assert KVSharer("3:1") + Less() + parse("token") == parse(
+        "kvsharer+h2o+token", {"kvsharer.map": "3:1"}
+    )
+    with pytest.raises(ConfigError, match="gear and gear both fill the seam codec"):
+        Gear() + Gear()

@@ -123,7 +123,7 @@ def attention_mass(
     xp = ops_of(q)
     B, Hq, L, _ = q.shape
     H, T = k.shape[1], k.shape[2]
-    step = max(1, SCORES // (B * Hq * T))
+    step = max(16, SCORES // (B * Hq * T))
     total = xp.zeros((B, H, T), xp.promote(q).dtype, q)
     for start in range(0, L, step):
         stop = min(start + step, L)
