@@ -139,21 +139,6 @@ def test_equal_angles(xp: ModuleType, rule: Any) -> None:
         assert np.argwhere(got[0].T).tolist() == [[0, 0], [0, 1], [1, 0]]
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_pads_change_nothing_and_are_never_retained(xp: ModuleType, rule: Any) -> None:
-    w = np.random.default_rng(5).uniform(0.2, 2, (1, 2, 9)).astype(kind(xp))
-    padded = np.concatenate([np.zeros((1, 2, 4), w.dtype), w], -1)
-    padded[0, 0, 0] = pi
-    valid = np.array([[[False] * 4 + [True] * 9]])
-    args = (xp.from_numpy(padded), rule, 0.2)
-    limits = thresholds(*args, valid=xp.from_numpy(valid))
-    want = xp.to_numpy(retained(xp.from_numpy(w), rule, 0.2, None, 1))
-    for known in (None, limits):
-        got = xp.to_numpy(retained(*args, known, 1, xp.from_numpy(valid)))
-        assert not got[..., :4].any()
-        np.testing.assert_array_equal(got[..., 4:], want)
-
-
 def test_gamma_one_retains_all_and_antipodal_is_always_retained(xp: ModuleType) -> None:
     w = np.random.default_rng(6).uniform(0, 3, (2, 3, 50)).astype(kind(xp))
     for rule in ("angle", "cosine", "ratio"):

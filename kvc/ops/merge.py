@@ -12,8 +12,6 @@ import math
 from fractions import Fraction
 from typing import Literal, NamedTuple, get_args
 
-import numpy as np
-
 from kvc.backends.base import Array, ops_of
 from kvc.errors import ConfigError
 from kvc.ops.dispatch import op
@@ -109,23 +107,19 @@ def restore(e: Array, norm: Array) -> Array:
     return xp.promote(norm)[..., None] * xp.promote(e)
 
 
-def thresholds(angle: Array, rule: Rule, gamma: float, valid: Array | None = None) -> Thresholds:
-    """The extremes of a compared set: all entries of a row, pads left out, always_keep or not.
+def thresholds(angle: Array, rule: Rule, gamma: float) -> Thresholds:
+    """The extremes of a compared set: all entries of a row, always_keep or not.
 
-    Shapes: angle [B, G, T]; valid [B, G or 1, T], false for pads.
+    Shapes: angle [B, G, T].
     """
     _check(rule)
     xp = ops_of(angle)
     d = _flat(xp.cos(angle) if rule == "cosine" else angle / math.pi)
-    real = None if valid is None else _flat(xp.broadcast_to(valid, angle.shape))
-    low = d if real is None else xp.where(real, d, 4.0)  # beyond every d and cosine
-    high = d if real is None else xp.where(real, d, -4.0)
     if rule != "ratio":
-        return Thresholds(xp.min(low, -1), xp.max(high, -1))
-    count = _count(d, real, gamma)
-    ranked = xp.take_along_axis(high, xp.argsort(-high, -1), -1)
-    last = xp.take_along_axis(ranked, xp.maximum(count - 1, 0), -1)
-    return Thresholds(xp.where(count > 0, last, 4.0)[:, 0], xp.max(high, -1))
+        return Thresholds(xp.min(d, -1), xp.max(d, -1))
+    count = _count(gamma, d.shape[1])
+    ranked = xp.take_along_axis(d, xp.argsort(-d, -1), -1)
+    return Thresholds(ranked[:, count - 1] if count else ranked[:, 0] * 0 + 4.0, ranked[:, 0])
 
 
 def retained(
@@ -134,7 +128,6 @@ def retained(
     gamma: float,
     limits: Thresholds | None = None,
     always_keep: int = 0,
-    valid: Array | None = None,
 ) -> Array:
     """Which entries keep both originals: by the rule, the first `always_keep`, the antipodal.
 
@@ -142,34 +135,27 @@ def retained(
     ratio: the ceil(gamma n) largest d, of equal ones the earlier; with limits d >= low.
     literal: d < d_min + gamma (d_max - d_min). Without limits, those of this very set.
 
-    Shapes: angle [B, G, T]; valid [B, G or 1, T], false for pads; returns bool [B, G, T].
+    Shapes: angle [B, G, T]; returns bool [B, G, T].
     """
     _check(rule)
     xp = ops_of(angle)
     B, G, T = angle.shape
-    keep = angle > math.pi - EPS_ANTIPODAL
+    keep = (angle > math.pi - EPS_ANTIPODAL) | (xp.arange(T, angle) < always_keep)
+    if rule == "none":
+        return keep
     if rule == "ratio" and limits is None:
-        real = None if valid is None else _flat(xp.broadcast_to(valid, angle.shape))
-        d = _flat(angle)
-        ranked = d if real is None else xp.where(real, d, -4.0)
-        rank = xp.argsort(xp.argsort(-ranked, -1), -1)
-        keep = keep | (rank < _count(d, real, gamma)).reshape(B, T, G).swapaxes(1, 2)
-    elif rule != "none":
-        limits = limits or thresholds(angle, rule, gamma, valid)
-        low, high = limits.low.reshape(B, 1, 1), limits.high.reshape(B, 1, 1)
-        d = xp.cos(angle) if rule == "cosine" else angle / math.pi
-        if rule == "angle":
-            keep = keep | (high - d <= gamma * (high - low))
-        elif rule == "cosine":
-            keep = keep | (d - low <= gamma * (high - low))
-        elif rule == "literal":
-            keep = keep | (d < low + gamma * (high - low))
-        else:
-            keep = keep | (d >= low)
-    if valid is None:
-        return keep | (xp.arange(T, angle) < always_keep)
-    nth = xp.cumsum(xp.astype(valid, xp.dtype("int32")), -1)
-    return (keep | (nth <= always_keep)) & valid
+        rank = xp.argsort(xp.argsort(-_flat(angle), -1), -1)
+        return keep | (rank < _count(gamma, T * G)).reshape(B, T, G).swapaxes(1, 2)
+    limits = limits or thresholds(angle, rule, gamma)
+    low, high = limits.low.reshape(B, 1, 1), limits.high.reshape(B, 1, 1)
+    d = xp.cos(angle) if rule == "cosine" else angle / math.pi
+    if rule == "angle":
+        return keep | (high - d <= gamma * (high - low))
+    if rule == "cosine":
+        return keep | (d - low <= gamma * (high - low))
+    if rule == "literal":
+        return keep | (d < low + gamma * (high - low))
+    return keep | (d >= low)
 
 
 def _check(rule: str) -> None:
@@ -177,16 +163,9 @@ def _check(rule: str) -> None:
         raise ConfigError(f"retention: expected one of {', '.join(get_args(Rule))}, got {rule!r}")
 
 
-def _count(d: Array, real: Array | None, gamma: float) -> Array:
-    """ceil(gamma n) for each row, in decimal arithmetic. Shapes: d [B, N]; returns [B, 1]."""
-    xp = ops_of(d)
-    share, n = Fraction(str(gamma)), d.shape[1]
-    counts = -((-share.numerator * np.arange(n + 1)) // share.denominator)
-    table = xp.broadcast_to(xp.from_numpy(counts.astype(np.int32), d), (d.shape[0], n + 1))
-    if real is None:
-        return table[:, n:]
-    total = xp.sum(xp.astype(real, xp.dtype("int32")), -1, keepdims=True)
-    return xp.take_along_axis(table, xp.astype(total, xp.dtype("int32")), -1)
+def _count(gamma: float, n: int) -> int:
+    """ceil(gamma n), in decimal arithmetic."""
+    return math.ceil(Fraction(str(gamma)) * n)
 
 
 def _flat(x: Array) -> Array:

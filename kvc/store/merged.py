@@ -91,15 +91,10 @@ class Merged:
         """
         method, xp, dtype = self.method, ops_of(a), a.dtype
         e, norm_a, norm_b, angle = merge_pair(a, b, method.t, method.how, method.granularity)
+        first = max(0, method.always_keep - self.n)
+        keep = retained(angle, method.retention, method.gamma, self.limits, first)
         if self.limits is None and method.retention != "none":
             self.limits = thresholds(angle, method.retention, method.gamma)
-        keep = retained(
-            angle,
-            method.retention,
-            method.gamma,
-            self.limits,
-            max(0, method.always_keep - self.n),
-        )
         self._retain(keep, a, b)
         if isinstance(self.directions, Coded):
             self.directions.append(xp.astype(e * math.sqrt(e.shape[-1]), dtype), rank)
