@@ -8,8 +8,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch backend needs torch")
 transformers = pytest.importorskip("transformers", reason="the torch backend needs transformers")
 
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
-
 import kvc.demo  # noqa: E402
 from kvc.backends.torch import engine as engines  # noqa: E402
 from kvc.backends.torch.cache import make_cache, model_fit, shape_of  # noqa: E402
@@ -24,108 +22,15 @@ from kvc.backends.torch.projections import (  # noqa: E402
 from kvc.errors import BackendError, ConfigError  # noqa: E402
 from kvc.methods import parse  # noqa: E402
 from kvc.store.store import KVStore  # noqa: E402
-
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 257,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-WINDOW = {"head_dim": 16, "sliding_window": 8}
-GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LINEAR = {
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
-LATENT = {
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "first_k_dense_replace": 1,
-}
-HANDLE = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "qwen3_moe": {"head_dim": 16, "num_experts": 4, **EXPERTS},
-    "qwen3_next": {
-        "head_dim": 16, "num_hidden_layers": 4, "num_experts": 4,
-        "shared_expert_intermediate_size": 32, **EXPERTS, **LINEAR,
-    },
-    "gemma": {"head_dim": 16},
-    "gemma2": {**WINDOW, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},
-    "gemma3_text": {**WINDOW, "query_pre_attn_scalar": 16, "num_hidden_layers": 6},
-    "phi3": {},
-    "mixtral": {"num_local_experts": 4},
-    "olmo2": {},
-    "olmo3": {"sliding_window": 8, "num_hidden_layers": 4},
-    "gpt_neox": {},
-    "gpt_oss": {**WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "cohere": {},
-    "cohere2": {"sliding_window": 8, "num_hidden_layers": 4},
-    "starcoder2": {},
-    "granite": {},
-    "glm": {"head_dim": 16},
-    "glm4": {"head_dim": 16, "partial_rotary_factor": 0.5},
-    "stablelm": {},
-    "smollm3": {},
-    "nemotron": {},
-    "exaone4": {"sliding_window": 8, "num_hidden_layers": 4},
-    "llama4_text": {
-        "head_dim": 16, "num_hidden_layers": 4, "num_local_experts": 2,
-        "intermediate_size_mlp": 64, "attention_chunk_size": 8,
-    },
-    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
-    "gpt2": GPT2,
-}  # fmt: skip
-DENSE = {
-    "gptj": {**GPT2, "rotary_dim": 8},
-    "falcon": {},
-    "bloom": {},
-}
-
-
-def tiny(kind, **options):
-    """A random model: the logits of a causal LM of this family."""
-    options = {**SIZES, **options}
-    implementation = options.pop("attn_implementation", None)
-    config = CONFIG_MAPPING[kind](**options)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def padded_batch(n_pads=7, n_tokens=20):
-    """Two prompts, the first one padded on the left."""
-    torch.manual_seed(1)
-    ids = torch.randint(3, 250, (2, n_tokens))
-    mask = torch.ones_like(ids)
-    mask[0, :n_pads] = 0
-    ids[0, :n_pads] = 0
-    return ids, mask
-
-
-def generate(model, ids, mask=None, n=12, **options):
-    options = {"max_new_tokens": n, "do_sample": False, **options}
-    mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(ids, attention_mask=mask, **options)
+from tests.families_torch import (  # noqa: E402
+    DENSE,
+    HANDLE,
+    SIZES,
+    generate,
+    one_thread,
+    padded_batch,
+    tiny,
+)
 
 
 def lossless(model, *, attend=True, prefill="exact"):
@@ -136,12 +41,9 @@ def lossless(model, *, attend=True, prefill="exact"):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices of this size are slower on several threads, by far so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +54,7 @@ def llama():
 @pytest.mark.parametrize("attend", [False, True], ids=["library", "store"])
 @pytest.mark.parametrize("kind", [*HANDLE, *DENSE])
 def test_lossless_limit_is_the_library(kind, attend):
-    model = tiny(kind, **{**HANDLE, **DENSE}[kind])
+    model = tiny(kind)
     ids, mask = padded_batch()
     expected = generate(model, ids, mask)
     assert model_fit(model).mode == ("handle" if kind in HANDLE else "dense")
@@ -163,7 +65,7 @@ def test_lossless_limit_is_the_library(kind, attend):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss", "gemma2", "gptj"])
 def test_padded_rows_equal_single_runs(kind):
-    model = tiny(kind, **{**HANDLE, **DENSE}[kind])
+    model = tiny(kind)
     ids, mask = padded_batch()
     both = generate(model, ids, mask, past_key_values=lossless(model))
     alone = generate(model, ids[:1, 7:], past_key_values=lossless(model))
@@ -179,7 +81,7 @@ def test_padded_rows_equal_single_runs(kind):
     ids=str,
 )
 def test_beams_and_chunks(kind, options):
-    model = tiny(kind, **{**HANDLE, **DENSE}[kind])
+    model = tiny(kind)
     ids, mask = padded_batch(n_pads=4)
     plain = {"past_key_values": transformers.DynamicCache(config=model.config)}
     expected = generate(model, ids, mask, **options, **plain)
@@ -187,14 +89,31 @@ def test_beams_and_chunks(kind, options):
     assert got.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gear", {"group_size": 8, "buffer": 8, "outliers": 1}),
+        ("h2o", {"heavy": 40, "recent": 40}),
+        ("tova", {"heavy": 80}),
+        ("streaming", {"recent": 80}),
+        ("minicache", {"gamma": 1, "decode_policy": "keep", "always_keep": 64, "start": 0}),
+    ],
+)
+def test_row_whose_first_piece_is_all_padding(llama, name, settings):
+    ids, mask = padded_batch(n_pads=11)
+    cache = make_cache(llama, parse(name, settings), "stream")
+    got = generate(llama, ids, mask, prefill_chunk_size=8, past_key_values=cache)
+    assert got.tolist() == generate(llama, ids, mask).tolist()
+
+
 @pytest.mark.parametrize("kind", ["llama", "gptj"])
 def test_prompt_lookup_and_assisted_decoding(kind):
-    model = tiny(kind, **{**HANDLE, **DENSE}[kind])
+    model = tiny(kind)
     ids = padded_batch()[0][1:].repeat(1, 2)
     expected = generate(model, ids, n=20).tolist()
     got = generate(model, ids, n=20, prompt_lookup_num_tokens=3, past_key_values=lossless(model))
     assert got.tolist() == expected
-    assistant = tiny(kind, **{**HANDLE, **DENSE}[kind])
+    assistant = tiny(kind)
     got = generate(model, ids, n=20, assistant_model=assistant, past_key_values=lossless(model))
     assert got.tolist() == expected
 
@@ -239,13 +158,13 @@ def test_operations_on_the_whole_cache(llama):
 
 
 def test_sliding_layers_stay_the_library_s():
-    cache = lossless(tiny("gemma2", **HANDLE["gemma2"]))
-    assert cache.is_sliding == [True, False]
-    assert cache.model_layers == (1,)
+    cache = lossless(tiny("gemma2"))
+    assert cache.is_sliding == [True, False] * 2
+    assert cache.model_layers == (1, 3)
 
 
 def test_maps_of_hybrids_count_the_models_layers():
-    model = tiny("gemma2", **HANDLE["gemma2"], num_hidden_layers=4)
+    model = tiny("gemma2")
     cache = make_cache(model, parse("kvsharer", {"map": "3:1"}))
     assert (cache.model_layers, cache.sharers) == ((1, 3), {3})
     assert [cache.store.owner(layer) for layer in range(2)] == [0, 0]
@@ -281,9 +200,9 @@ def test_saved_config_names_no_attention_of_ours(llama, tmp_path):
 
 def test_refusals():
     with pytest.raises(ConfigError, match="nothing to compress"):
-        make_cache(tiny("mistral", sliding_window=8), parse("none"))
+        make_cache(tiny("mistral with windows"), parse("none"))
     with pytest.raises(ConfigError, match="latent attention"):
-        make_cache(tiny("deepseek_v3", **EXPERTS, **LATENT), parse("none"))
+        make_cache(tiny("deepseek_v3"), parse("none"))
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=64)
     )
@@ -293,7 +212,7 @@ def test_refusals():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "stablelm"])
 def test_gates_skip_projections_and_open_again(kind):
-    model = tiny(kind, **HANDLE[kind])
+    model = tiny(kind)
     ids = padded_batch()[0]
     expected = model(ids).logits
     assert put_gates(model, {1}) is None
@@ -317,7 +236,7 @@ def weight_bytes(model):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "stablelm"])
 def test_sharers_weights_are_gone_from_memory(kind):
-    model = tiny(kind, **HANDLE[kind], num_hidden_layers=4)
+    model = tiny(kind, num_hidden_layers=4)
     ids = padded_batch()[0]
     method = parse("kvsharer", {"map": "3:1,2:1"})
     before = weight_bytes(model)
@@ -357,7 +276,7 @@ def test_method_that_needs_queries_is_refused_in_dense_mode(monkeypatch):
     method = parse("gear", {"group_size": 16})
     monkeypatch.setattr(type(method), "needs_queries", True)
     with pytest.raises(ConfigError, match="gear needs the queries, and the attention of gptj"):
-        make_cache(tiny("gptj", **DENSE["gptj"]), method)
+        make_cache(tiny("gptj"), method)
     make_cache(tiny("llama"), method)
 
 
@@ -369,7 +288,7 @@ def test_soft_caps_and_sinks_reach_the_store(monkeypatch):
 
     monkeypatch.setattr(KVStore, "observe", observe)
     for kind in ("gemma2", "gpt_oss", "llama"):
-        model = tiny(kind, **HANDLE[kind])
+        model = tiny(kind, num_hidden_layers=2)
         model(padded_batch()[0], past_key_values=lossless(model, attend=False))
         (shape, scale, softcap, sinks) = seen[-1]
         assert (shape, scale) == ((2, 4, 20, 16), 0.25)
@@ -379,11 +298,11 @@ def test_soft_caps_and_sinks_reach_the_store(monkeypatch):
 
 def test_shape_knows_the_sizes():
     for kind, kinds in (
-        ("gemma2", ("sliding_attention", "full_attention")),
-        ("qwen3_next", ("linear_attention",) * 3 + ("full_attention",)),
+        ("gemma2", ("sliding_attention", "full_attention") * 2),
+        ("qwen3_next", ("linear_attention", "full_attention") * 2),
         ("gptj", ("full_attention",) * 2),
     ):
-        shape = shape_of(tiny(kind, **{**HANDLE, **DENSE}[kind]))
+        shape = shape_of(tiny(kind))
         heads = (shape.n_heads, shape.n_kv_heads, shape.head_dim)
         assert heads == (4, 4 if kind == "gptj" else 2, 16)
         assert (shape.layer_kinds, shape.n_layers) == (kinds, len(kinds))

@@ -140,18 +140,18 @@ def write(buffer: Array, start: int, x: Array, axis: int) -> Array:
 def orthonormal(x: Array) -> Array:
     """The thin QR's Q of matrices [..., n, r], n >= r, by Gram-Schmidt twice over.
 
-    MLX factorizes on the CPU alone, which would stall the GPU in every block. What is left of a
-    dependent column is rounding noise, whose squares would vanish: hence both passes scale it.
+    MLX factorizes on the CPU alone, which would stall the GPU in every block. A column that depends
+    on those before it becomes 0: rounding noise is all that is left of it, and where rows are equal
+    the noise is so too, and lies in what the others span already.
     """
     columns: list[Array] = []
+    peaks = mx.maximum(mx.max(mx.abs(x), -2, keepdims=True), mx.array(1e-30, x.dtype))
+    x = x / peaks  # so that no square vanishes
     for i in range(x.shape[-1]):
         c = x[..., i : i + 1]
-        for _ in range(3):
+        for _ in range(2):
             for b in columns:
                 c = c - b * mx.sum(b * c, -2, keepdims=True)
-            peak = mx.max(mx.abs(c), -2, keepdims=True)
-            c = c / mx.maximum(peak, mx.array(1e-30, x.dtype))
-            norm = mx.sqrt(mx.sum(c * c, -2, keepdims=True))
-            c = c / mx.maximum(norm, mx.array(1, x.dtype))
-        columns.append(c)
+        norm = mx.sqrt(mx.sum(c * c, -2, keepdims=True))
+        columns.append(mx.where(norm > 1e-5, c / mx.maximum(norm, 1e-5), 0))
     return mx.concatenate(columns, -1)

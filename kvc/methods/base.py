@@ -70,8 +70,11 @@ class Method:
         if self.codec:
             self.codec.check(shape.head_dim)
         layout = self.layout
-        if isinstance(layout, MiniCache):
-            layout.pairs(len(numbers))
+        if isinstance(layout, MiniCache) and not layout.pairs(len(numbers)):
+            raise ConfigError(
+                f"{self.name}: expected two layers to merge behind the start, got a model with "
+                f"{len(numbers)} layers that keep all tokens; set minicache.start=0 or leave it out"
+            )
         if isinstance(layout, KVSharer):
             layout = layout.check(shape)
         memory = self.memory and self.memory.check(shape)

@@ -63,7 +63,7 @@ def attend_dense(
         parts = []
         for start in range(0, L, step):
             stop = min(start + step, L)
-            seen = T - L + stop if causal else T
+            seen = max(0, T - L + stop) if causal else T  # behind padding T may be below L
             some = None if valid is None else valid[:, :, :seen]
             parts.append(
                 attend_dense(

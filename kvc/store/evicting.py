@@ -214,8 +214,9 @@ class Evicting:
 
     def attend(self, query: Query) -> Partial:
         """The answer of ring, kept tokens and state; the newest L are the queries' own."""
-        if query.reader == self.layer and self.less.policy != "sink":
-            early = self.watch.see(query)
+        if query.reader == self.layer and self.less.policy != "sink" and self.fresh:
+            own = query.q.shape[2] - self.fresh  # queries before it are padding's
+            early = self.watch.see(query._replace(q=query.q[:, :, max(0, own) :]))
             if early is not None and self.less.policy == "h2o":
                 self._add(early, self.n - RECALL)
         q, scale, softcap = query.q, query.scale, query.softcap

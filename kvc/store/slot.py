@@ -46,9 +46,13 @@ class Slot:
         """
         first = layer == self.layers[0]
         if self.groups:
+            if first and pads and any(pads):
+                self._part(pads)
             for rows, unit in self.groups:
-                face = unit.faces[self.layers.index(layer)]
-                face.append(_rows(k, rows), _rows(v, rows))
+                pad = pads[rows[0]] if pads else 0
+                if pad < k.shape[2]:
+                    face = unit.faces[self.layers.index(layer)]
+                    face.append(_rows(k, rows)[:, :, pad:], _rows(v, rows)[:, :, pad:])
             return
         held = self.whole.get(layer)
         if held is None:
@@ -67,6 +71,18 @@ class Slot:
                 self.pads[row] += pad
         held[0].append(k)
         held[1].append(v)
+
+    def _part(self, pads: Sequence[int]) -> None:
+        """Parts rows that were nothing but padding by the padding that still comes."""
+        groups = []
+        for rows, unit in self.groups:
+            by_pad: dict[int, list[int]] = {}
+            for place, row in enumerate(rows):
+                by_pad.setdefault(pads[row], []).append(place)
+            for places in by_pad.values():
+                alike = unit if len(by_pad) == 1 else unit.rows(places)
+                groups.append(([rows[place] for place in places], alike))
+        self.groups = groups
 
     def settle(self, prompt: bool) -> None:
         """Compresses what is due of all layers."""
@@ -143,7 +159,8 @@ class Slot:
             answer = unit.faces[which].attend(part)
             if query.sinks is not None:
                 xp = ops_of(answer.lse)
-                lse = xp.astype(query.sinks, answer.lse.dtype).reshape(1, -1, 1) + answer.lse * 0
+                lse = xp.astype(query.sinks, answer.lse.dtype).reshape(1, -1, 1)
+                lse = xp.broadcast_to(lse, answer.lse.shape)
                 answer = join([answer, Partial(answer.out * 0, lse)])
             pieces.append((rows, answer.out))
         return _in_order(pieces)

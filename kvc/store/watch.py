@@ -33,7 +33,9 @@ class Watch:
     def newest(self, n: int) -> Watch:
         """The newest `n` queries, where there are more."""
         query = self.query
-        return Watch(query and query._replace(q=query.q[:, :, max(0, query.q.shape[2] - n) :]))
+        if query is None or n == 0:
+            return Watch()
+        return Watch(query._replace(q=query.q[:, :, max(0, query.q.shape[2] - n) :]))
 
     def rows(self, rows: Sequence[int]) -> Watch:
         """The queries of some of the rows."""
