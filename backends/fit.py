@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from kvc.backends.base import ModelShape
+from kvc.backends.base import FULL, ModelShape
 from kvc.errors import ConfigError
 from kvc.methods import Method
+from kvc.store.store import KVStore
 
 # Why weights that nobody reads cannot be freed.
 FUSED = "q, k and v are one matrix in this model: the projections still run"
+
+
+# What layers keep that are not ours, by their kind.
+_OTHERS = {
+    "sliding_attention": ", it keeps a window only",
+    "chunked_attention": ", it keeps a chunk only",
+    "linear_attention": ", it keeps a state of one size",
+}
+_NO_CACHE = "no_cache: it reads another layer's by the model's design, or has no attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,26 @@ class Fit:
     shape: ModelShape
 
 
+def describe(shape: ModelShape, store: KVStore) -> tuple[str, ...]:
+    """What each of a model's layers keeps, in words."""
+    kinds = shape.layer_kinds
+    numbers = [i for i, kind in enumerate(kinds) if kind == FULL]
+    method = store.method
+    partner = {a: b for pair in method.pairs(len(numbers)) for a, b in (pair, pair[::-1])}
+    alone = "compressed" if method.memory or method.codec else "as it came"
+    words = [
+        _NO_CACHE
+        if kind == "no_cache"
+        else f"{kind}: the library's own cache{_OTHERS.get(kind, '')}"
+        for kind in kinds
+    ]
+    for layer, number in enumerate(numbers):
+        owner = store.owner(layer)
+        what = f"merged with layer {numbers[partner[layer]]}" if layer in partner else alone
+        words[number] = f"{FULL}: {what if owner == layer else f'reads layer {numbers[owner]}'}"
+    return (*words, *[_NO_CACHE] * (shape.n_layers - len(kinds)))
+
+
 def in_short(error: Exception) -> str:
     """An error of a library's code as a part of a line."""
     return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]
@@ -36,6 +66,14 @@ def refusal(name: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"kvc: expected a causal language model, got {name}, which cannot take one token after "
         f"others: {in_short(error)}"
+    )
+
+
+def no_numbers(name: str) -> ConfigError:
+    """For a model whose logits are no numbers even with the cache of its own library."""
+    return ConfigError(
+        f"kvc: expected numbers from {name}, got NaN or infinity, without this cache too: its "
+        "weights are damaged, or too large for its dtype"
     )
 
 

@@ -210,11 +210,13 @@ def test_bytes_are_the_formula_and_constant(
         store.attend(0, q[:, :, :1], SCALE)
         parts = store.report().parts
         assert parts.pop("slack", 0) == 0
+        waiting = parts.pop("queries", 0)  # of the last step, until the next one
+        assert waiting == (0 if policy == "sink" else HQ * D * 2)
         assert parts.pop("state") == want["state"]
         assert parts.pop("positions") == want["positions"]
         assert parts.pop("scores", 0) == want["scores"]
         assert sum(parts.values()) == want["kept"]
-        assert store.nbytes == sum(x.nbytes for x in store.arrays()) == sum(want.values())
+        assert store.nbytes == sum(x.nbytes for x in store.arrays()) == waiting + sum(want.values())
 
 
 def test_beams_copy_rows(xp: ModuleType) -> None:

@@ -13,7 +13,16 @@ from typing import Any
 import mlx.core as mx
 
 from kvc.backends.base import FULL, ModelShape
-from kvc.backends.fit import Fit, check_queries, check_weights, in_short, refusal
+from kvc.backends.fit import (
+    Fit,
+    check_queries,
+    check_weights,
+    describe,
+    in_short,
+    no_numbers,
+    refusal,
+)
+from kvc.backends.mlx import serving
 from kvc.backends.mlx.attention import install
 from kvc.backends.mlx.entry import KVCEntry, build, library_entries, name_of, sharers
 from kvc.backends.mlx.projections import free_projections, freed_layers
@@ -52,7 +61,11 @@ def make_cache(
     method = method.check(fit.shape)
     check_queries(method, fit)
     install()
+    serving.install()
     entries = build(model, method, prefill, fit.mode)
+    for entry in entries:
+        if isinstance(entry, KVCEntry):
+            entry.kinds = describe(fit.shape, entry.store)
     check_weights(freed_layers(model), sharers(entries))
     if free:
         free_projections(model, sharers(entries))
@@ -83,6 +96,8 @@ def model_fit(model: Any) -> Fit:
         expected = _trial_logits(model, plain := library_entries(model))
     except Exception as why:
         raise refusal(name_of(model), why) from why
+    if not mx.isfinite(expected).all():
+        raise no_numbers(name_of(model))
     for mode in ("handle", "dense"):
         entries = build(model, parse("none"), "exact", mode, trial=True)
         ours = [entry for entry in entries if isinstance(entry, KVCEntry)]

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx_lm
 from mlx_lm.sample_utils import make_sampler
 
-from kvc.backends.base import ModelShape, Piece
+from kvc.backends.base import ModelShape, Piece, chunk_size
 from kvc.backends.mlx.cache import make_cache, shape_of
 from kvc.backends.mlx.entry import KVCEntry, name_of
 from kvc.backends.text import Text
@@ -89,7 +89,7 @@ class Engine:
             temp: Of the samples; 0 takes the likeliest token.
             top_p: Samples come from the likeliest tokens with this much probability together.
             seed: Of the samples.
-            prefill_step: How many tokens of the prompt to process at a time.
+            prefill_step: How many tokens of the prompt to process at a time, about.
             on_prefill: Called with the tokens of the prompt done so far, and their number.
         """
         if seed is not None:
@@ -101,7 +101,7 @@ class Engine:
             max_tokens=max_tokens,
             sampler=make_sampler(temp, top_p),
             prompt_cache=cache,
-            prefill_step_size=prefill_step,
+            prefill_step_size=chunk_size(len(ids) - 1, prefill_step),  # the last one goes alone
             prompt_progress_callback=on_prefill,
         )
         text = Text(self.tokenizer, ids)  # mlx-lm's own would drop the first one's leading space

@@ -29,6 +29,7 @@ class KVCEntry(_BaseCache):
         store: Where the tokens are.
         layer: The store's number of this layer.
         model_layer: The library's number of it: its place in the list of entries.
+        kinds: What each of the model's layers keeps, in words.
         offset: How many tokens this layer has seen.
     """
 
@@ -39,6 +40,7 @@ class KVCEntry(_BaseCache):
         self.mode, self.trial = mode, trial  # in a trial even uncompressed tokens take our way
         self.offset = store.length(layer)
         self.windowed = False
+        self.kinds: tuple[str, ...] = ()
         self.new_shapes: tuple[Any, Any] = ((), ())
         self.dtype_bytes = 0
 

@@ -10,7 +10,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvc.backends.base import ModelShape
-from kvc.backends.fit import Fit, check_queries, check_weights, in_short, refusal
+from kvc.backends.fit import (
+    Fit,
+    check_queries,
+    check_weights,
+    describe,
+    in_short,
+    no_numbers,
+    refusal,
+)
 from kvc.backends.torch.attention import (
     decoder_of,
     install,
@@ -78,6 +86,7 @@ def make_cache(
     if fit.mode == "handle":
         install(model)
     cache = KVCCache(model.config, method, prefill, fit.mode)
+    cache.kinds = describe(fit.shape, cache.store)
     check_weights(freed_layers(model), cache.sharers)
     if cache.sharers:
         put_gates(model, cache.sharers)
@@ -125,6 +134,8 @@ def model_fit(model: PreTrainedModel) -> Fit:
         expected = _trial_logits(model, None)
     except Exception as why:
         raise refusal(type(model).__name__, why) from why
+    if not expected.isfinite().all():
+        raise no_numbers(type(model).__name__)
     watch(model)
     for mode in ("handle", "dense"):
         if mode == "handle" and not supports_interface(model):

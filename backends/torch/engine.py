@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from kvc.backends.base import ModelShape, Piece
+from kvc.backends.base import ModelShape, Piece, chunk_size
 from kvc.backends.text import Text
 from kvc.backends.torch.cache import make_cache, shape_of
 from kvc.backends.torch.entry import KVCCache
@@ -161,6 +162,8 @@ class Engine:
         def work() -> None:
             hook = self.model.register_forward_hook(after_forward)
             try:
+                if stop.is_set():  # between the thread's birth and here
+                    return
                 inputs = torch.tensor([list(ids)], device=self.model.device)
                 self.model.generate(
                     inputs,
@@ -180,10 +183,10 @@ class Engine:
         # The thread sees the caller's context variables, such as the choice of kernels.
         run = contextvars.copy_context().run
         thread = threading.Thread(target=run, args=(work,), daemon=True)
-        thread.start()
         text = Text(self.tokenizer, ids)
         n_prefilled = 0
         try:
+            thread.start()
             while True:
                 kind, value = events.get()
                 if kind == "token":
@@ -197,7 +200,8 @@ class Engine:
                     on_prefill(value, len(ids))
         finally:
             stop.set()
-            thread.join()
+            with suppress(RuntimeError):  # Ctrl-C came before it was born
+                thread.join()
 
     def _generation_config(
         self, max_tokens: int, temp: float, top_p: float, chunk: int
@@ -219,14 +223,6 @@ class Engine:
             prefill_chunk_size=chunk,
             **sampling,
         )
-
-
-def chunk_size(n: int, step: int) -> int:
-    """The largest piece up to `step` that leaves no lone last token of a prompt of `n`.
-
-    The store takes a single token after the prompt for the first step of decoding.
-    """
-    return next((size for size in range(step, step // 2, -1) if n % size != 1), max(n, 1))
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error

@@ -8,7 +8,7 @@ from outside get tensors that the store builds, which is "dense" mode.
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kvc.backends.base import FULL
 from kvc.backends.torch.attention import Handle, leading_pads
@@ -16,12 +16,17 @@ from kvc.errors import ConfigError
 from kvc.methods import Method
 from kvc.store.store import KVStore
 
+_KINDS = {
+    "DynamicLayer": FULL,
+    "DynamicSlidingWindowLayer": "sliding_attention",
+    "LinearAttentionLayer": "linear_attention",
+    "DummyLayer": "no_cache",
+}
+
 
 def kind_of(layer: CacheLayerMixin) -> str:
-    """What a layer of the library's own cache keeps."""
-    if type(layer) is DynamicLayer:
-        return FULL
-    return "sliding_attention" if getattr(layer, "is_sliding", False) else "linear_attention"
+    """What a layer of the library's own cache keeps; its class, where we do not know."""
+    return _KINDS.get(type(layer).__name__, type(layer).__name__)
 
 
 class KVCLayer(CacheLayerMixin):
@@ -105,6 +110,7 @@ class KVCCache(Cache):
         self.always_attend = always_attend  # even uncompressed tokens are read by the store
         self.model_layers = tuple(ours)  # the model's number of each layer of the store
         self.store = KVStore(method, len(ours), prefill=prefill)
+        self.kinds: tuple[str, ...] = ()  # what each of the model's layers keeps, in words
         self.batch = 0
         self._pads: tuple[int, int, list[int] | None] = (0, 0, None)
         for layer, i in enumerate(ours):
@@ -132,10 +138,13 @@ class KVCCache(Cache):
             layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-n` tokens; a positive number is the length to keep."""
+        """Remove the newest `-n` tokens; a positive number is the length to keep.
+
+        None of them too: then the prompt is over, and what comes is not a piece of it.
+        """
         n = tokens_to_remove
         n = -n if n <= 0 else max(self.get_seq_length() - n, 0)
-        if n:
+        if self.store.length(0):
             self.store.trim(n)
         for layer in self._others:
             layer.crop(-n)

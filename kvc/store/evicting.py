@@ -83,8 +83,11 @@ class Evicting:
 
     @property
     def held(self) -> int:
-        """How many of the newest tokens can be forgotten: those of the last step."""
-        return self.fresh
+        """How many of the newest tokens can be forgotten: those of the last step.
+
+        The mass of older queries than the watch holds is in the scores for good.
+        """
+        return self.fresh if self.less.policy == "sink" else min(self.fresh, RECALL)
 
     def append(self, k: Array, v: Array) -> None:
         """Adds tokens [B, H, L, D] to the ring."""
@@ -258,6 +261,7 @@ class Evicting:
                 if x is not None:
                     yield name, x, x.nbytes // x.shape[2] * (x.shape[2] - self.n)
         yield from self.kept.parts()
+        yield from self.watch.parts()
         if self.state is not None:
             yield from (("state", x, 0) for x in (self.state, self.norm))
 

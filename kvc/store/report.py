@@ -17,7 +17,7 @@ class Report:
     dense_bytes: int
     ratio: float
     # codes, scales, low rank, outliers; directions, norms, retained, thresholds; kept, positions,
-    # scores, state; window: tokens as they came; slack: room in buffers that nothing uses yet
+    # scores, queries, state; window: tokens as they came; slack: room that nothing uses yet
     parts: dict[str, int]
     layers: list[int]  # bytes by layer of the store; 0 for a layer that reads another's
     kinds: list[str] = field(default_factory=list)  # what each of the model's layers keeps

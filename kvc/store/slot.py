@@ -225,6 +225,7 @@ class Slot:
             yield from ((layer, ("window", room.x, room.slack)) for room in rooms)
         if self.mass is not None:
             yield self.layers[0], ("scores", self.mass, 0)
+        yield from ((self.layers[0], part) for part in self.watch.parts())
         for _, unit in self.groups:
             yield from ((self.layers[0], part) for part in unit.shared())
             for layer, face in zip(self.layers, unit.faces, strict=True):

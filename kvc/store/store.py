@@ -175,7 +175,9 @@ class KVStore:
         """
         held = min((slot.held for slot in self._slots if slot.last), default=0)
         if n > held and n < max(self._lengths):
-            mend = f"; gear.window={n} keeps enough" if self.method.codec else ""
+            codec, memory = self.method.codec, self.method.memory
+            may = codec and not memory and codec.value_window == "chunk"
+            mend = f"; gear.window={n} keeps enough" if may else ""
             raise ConfigError(
                 f"trim: expected at most {held} tokens, as many as are not compressed, got "
                 f"{n}{mend}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvc.backends.base import Array, ops_of
 from kvc.ops.attention import attention_mass
-from kvc.store.unit import Query
+from kvc.store.unit import Part, Query
 
 RECALL = 64  # newest queries of a step whose mass is added late, so that they can be forgotten
 
@@ -21,8 +21,12 @@ class Watch:
     def see(self, query: Query) -> Query | None:
         """Takes note of a step's queries; returns those that are too many to wait."""
         L = query.q.shape[2]
-        self.query = query._replace(q=query.q[:, :, max(0, L - RECALL) :])
-        return query._replace(q=query.q[:, :, : L - RECALL]) if L > RECALL else None
+        if L <= RECALL:
+            self.query = query
+            return None
+        # a slice would keep all of a prompt's queries alive
+        self.query = query._replace(q=ops_of(query.q).copy(query.q[:, :, L - RECALL :]))
+        return query._replace(q=query.q[:, :, : L - RECALL])
 
     def trim(self, n: int) -> None:
         """Forgets the newest `n` queries."""
@@ -36,6 +40,11 @@ class Watch:
         if query is None or n == 0:
             return Watch()
         return Watch(query._replace(q=query.q[:, :, max(0, query.q.shape[2] - n) :]))
+
+    def parts(self) -> Iterator[Part]:
+        """The queries that are held."""
+        if self.query is not None:
+            yield "queries", self.query.q, 0
 
     def rows(self, rows: Sequence[int]) -> Watch:
         """The queries of some of the rows."""
