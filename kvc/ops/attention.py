@@ -11,7 +11,7 @@ from kvc.backends.base import Array, ops_of
 from kvc.ops.dispatch import op
 
 TILE = 2048  # coded tokens that are read at a time; bounds what attention holds decoded
-SCORES = 2**22  # scores that are held at a time, over all heads and rows
+SCORES = 2**20  # scores that are held at a time, over all heads and rows
 
 
 class Partial(NamedTuple):
