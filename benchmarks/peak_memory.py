@@ -1,7 +1,8 @@
 """Peak memory of a long prompt, above the weights, for both ways to prefill.
 
-`python -m benchmarks.peak_memory [N]` runs the bundled model's shape over N random tokens (20000)
-with each backend, method and prefill, a process for each, and prints JSON lines. The process's own
+`python -m benchmarks.peak_memory [N [BACKENDS [METHODS]]]` runs the bundled model's shape over N
+random tokens (20000) with each backend (cpu,mlx), method and prefill, a process for each, and
+prints JSON lines. The process's own
 high-water mark is read on PyTorch's CPU, MLX's counter on MLX, CUDA's on a GPU.
 """
 
@@ -81,8 +82,9 @@ def main() -> None:
     """Prints a row for each combination that runs on this machine."""
     n = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
     backends = sys.argv[2].split(",") if len(sys.argv) > 2 else ["cpu", "mlx"]
+    methods = sys.argv[3].split(",") if len(sys.argv) > 3 else METHODS
     for backend in backends:
-        for method in METHODS:
+        for method in methods:
             for prefill in ("exact", "stream"):
                 code = (
                     "import json; from benchmarks.peak_memory import measure; "

@@ -25,7 +25,7 @@ if unknown := REQUIRED - set(BACKENDS):
 if find_spec("torch"):
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # ops this small wait for each other longer than they run
 
 
 def need(library: str) -> None:

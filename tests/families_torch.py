@@ -1,7 +1,5 @@
 """Families of transformers' models, made small, and greedy runs of them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -111,16 +109,6 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrices of this size are slower on several threads, by far so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@one_thread()
 def tiny(family: str, **options: Any) -> Any:
     """A causal model with random weights that are large enough to make distinct tokens likely."""
     options = {**SIZES, **{**HANDLE, **DENSE, **REFUSED}[family], **options}
@@ -154,7 +142,6 @@ def generate(
     return model.generate(ids, attention_mask=mask, **options)
 
 
-@one_thread()
 def run(model: Any, cache: KVCCache | None = None, prefill: str = "exact") -> Run:
     """Two rows, one of them padded; a streamed prompt comes in pieces."""
     options: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True}
@@ -176,7 +163,7 @@ def plain(family: str) -> Run:
     return run(model(family))
 
 
-make_cache, model_fit = one_thread()(adapter.make_cache), one_thread()(adapter.model_fit)
+make_cache, model_fit = adapter.make_cache, adapter.model_fit
 
 
 def store(cache: KVCCache) -> KVStore:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from itertools import product
 from pathlib import Path
@@ -55,9 +56,12 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     config = LlamaConfig(
         vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
-        initializer_range=0.3,
+        initializer_range=0.15,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    saved["rope_theta"] = 10000.0  # where mlx-lm looks for it
+    (folder / "config.json").write_text(json.dumps(saved), encoding="utf-8")
     for file in kvc.demo.path().glob("tokenizer*"):
         shutil.copy(file, folder)
     return engines(str(folder))
@@ -71,19 +75,19 @@ def check(row: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_tokens(bundled: list[Any], name: str, tmp_path: Path) -> None:
-    check(compare(bundled, method_of(name, bundled[0].shape, tmp_path), "exact", 48))
+    check(compare(bundled, method_of(name, bundled[0].shape, tmp_path), "exact", 40))
 
 
 @pytest.mark.parametrize("name", STREAMED)
 def test_same_tokens_from_a_streamed_prompt(bundled: list[Any], name: str, tmp_path: Path) -> None:
-    check(compare(bundled, method_of(name, bundled[0].shape, tmp_path), "stream", 24))
+    check(compare(bundled, method_of(name, bundled[0].shape, tmp_path), "stream", 16))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_narrow_heads(narrow: list[Any], name: str, tmp_path: Path) -> None:
     settings = {"gear.group_size": "8", "gear.buffer": "16"}
     method = method_of(name, narrow[0].shape, tmp_path, **settings)
-    check(compare(narrow, method, "exact", 24, PROMPT[:400]))
+    check(compare(narrow, method, "exact", 20, PROMPT[:400]))
 
 
 @pytest.mark.parametrize("name", ["kivi", "kcvt", "token"])

@@ -1,7 +1,6 @@
 """transformers' ways to decode with every method: batches, beams, samples, and speculation."""
 
 import threading
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,15 +76,6 @@ def tiny(seed: int = 0, family: str = "llama", **changes: Any) -> Any:
     model = AutoModelForCausalLM.from_config(config).double().eval()
     model.generation_config.eos_token_id = None
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices of this size are slower on several threads, by far so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Lab:

@@ -1,9 +1,7 @@
 """KVSharer's maps, and what sharing does to a model, on every library."""
 
 import json
-from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +96,6 @@ class Lab:
             weights.weight = import_module("mlx.core").array(new)
         else:
             weights.weight.data = import_module("torch").from_numpy(new.copy())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices of this size are slower on several threads, by far so on a busy machine."""
-    if not find_spec("torch"):
-        yield
-        return
-    torch = import_module("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["torch", "mlx"])

@@ -27,7 +27,6 @@ from tests.families_torch import (  # noqa: E402
     HANDLE,
     SIZES,
     generate,
-    one_thread,
     padded_batch,
     tiny,
 )
@@ -38,12 +37,6 @@ def lossless(model, *, attend=True, prefill="exact"):
     cache = make_cache(model, parse("none"), prefill)
     cache.always_attend = attend
     return cache
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
