@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def measure(backend: str, method: str, prefill: str, n: int) -> dict[str, Any]:
     import kvc.demo
     from kvc.api import load_engine
     from kvc.methods import parse
+    from kvc.ops.dispatch import mode
 
     engine = load_engine(backend, str(kvc.demo.path()), "float32" if backend != "cuda" else None)
     settings = {}
@@ -63,10 +65,14 @@ def measure(backend: str, method: str, prefill: str, n: int) -> dict[str, Any]:
         forget_peak()
         before = resident()
     cache = engine.make_cache(parsed, prefill)
-    list(engine.stream(ids, cache, **run))
+    with mode("reference"):
+        list(engine.stream(ids, cache, **run))
     peak = resident(peak=True) if backend == "cpu" else engine.peak_memory()
     report = engine.store(cache).report()
+    packages = ("mlx", "mlx-lm") if backend == "mlx" else ("torch", "transformers")
     return {
+        "versions": {package: version(package) for package in packages},
+        "mode": "reference",
         "backend": backend,
         "method": method,
         "prefill": prefill,
