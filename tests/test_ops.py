@@ -72,6 +72,11 @@ def test_write(xp: ModuleType) -> None:
     np.testing.assert_array_equal(xp.to_numpy(got), want)
 
 
+def test_after_changes_nothing(xp: ModuleType) -> None:
+    x = xp.from_numpy(X)
+    np.testing.assert_array_equal(xp.to_numpy(xp.after(x, x * 2)), X)
+
+
 def test_orthonormal(xp: ModuleType) -> None:
     q = xp.to_numpy(xp.orthonormal(xp.from_numpy(X.swapaxes(-1, -2).copy())))
     np.testing.assert_allclose(

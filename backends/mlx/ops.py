@@ -137,6 +137,11 @@ def write(buffer: Array, start: int, x: Array, axis: int) -> Array:
     return mx.slice_update(buffer, x.astype(buffer.dtype), mx.array([start]), [axis % buffer.ndim])
 
 
+def after(x: Array, done: Array) -> Array:
+    """`x`, not before `done` is computed, so that what both come from need not wait in memory."""
+    return mx.depends([x], [done])[0]
+
+
 def orthonormal(x: Array) -> Array:
     """The thin QR's Q of matrices [..., n, r], n >= r, by Gram-Schmidt twice over.
 

@@ -84,6 +84,8 @@ def attend_dense(
     safe = xp.where(some, total, 1.0)
     out = (p / safe).reshape(B, H, Hq // H * L, T) @ xp.promote(v)
     lse = xp.where(some, top + xp.log(safe), -np.inf)
+    # a join asks for the lse of all tiles first: lazily, all their probabilities would wait for it
+    lse = xp.after(lse, out)
     return Partial(out.reshape(B, Hq, L, D), lse.reshape(B, Hq, L))
 
 
