@@ -77,15 +77,15 @@ def no_numbers(name: str) -> ConfigError:
     )
 
 
-def check_queries(method: Method, fit: Fit) -> None:
-    """Refuse a method that needs the queries of a model whose attention does not come to us.
+def check_eviction(method: Method, fit: Fit) -> None:
+    """Refuse a method that drops tokens in a model whose attention does not come to us.
 
     Raises:
         ConfigError: If it is so.
     """
-    if fit.mode == "dense" and method.needs_queries:
+    if fit.mode == "dense" and method.evicts:
         raise ConfigError(
-            f"kvc: {method.name} needs the queries, and the attention of {fit.shape.family} "
+            f"kvc: {method.name} evicts tokens, and the attention of {fit.shape.family} "
             "cannot be reached; use a method that only compresses"
         )
 

@@ -27,7 +27,7 @@ def table(name: str, folder: Path) -> str:
         for method in LIMITS:
             cell, note, tie = outcome(of, family, method, folder)
             if note:
-                reason = note.replace(f"kvc: {method} needs", "kvc: METHOD needs")
+                reason = note.replace(f"kvc: {method} evicts", "kvc: METHOD evicts")
                 reason = reason.replace(f" of {family} cannot", " of FAMILY cannot")
                 cell += f" [{reasons.setdefault(reason, len(reasons) + 1)}]"
             if tie:

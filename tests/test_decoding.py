@@ -22,6 +22,7 @@ from kvc.files import write_kernels
 from kvc.methods import PRESETS, parse
 from kvc.ops.evict import Kernels
 from kvc.store.store import KVStore
+from tests.settings import lossless, lossy
 
 SIZES = {
     "hidden_size": 64,
@@ -39,32 +40,7 @@ SIZES = {
 }
 N, NEW = 21, 16  # tokens of the prompt and of the answer
 PADS = (7, 0, 2)
-SMALL = {"gear.group_size": 8, "gear.buffer": 8}
-FEW = {"less.heavy": 6, "less.recent": 6}
-ALL = {"less.heavy": 200, "less.recent": 200}
-LOSSLESS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "gear": {**SMALL, "gear.outliers": 1.0},
-    "minicache": {"minicache.gamma": 1.0, "minicache.decode_policy": "keep"},
-    "kvsharer": {"kvsharer.map": "0:0"},
-    "h2o": ALL,
-    "tova": {"less.heavy": 300},
-    "streaming": {"less.recent": 300},
-    "less": {**ALL, "less.kernels": "KERNELS"},
-}
-LOSSY: dict[str, dict[str, Any]] = {
-    **dict.fromkeys("kivi kcvt token gear-l gear-s gear".split(), SMALL),  # noqa: SIM905
-    "gear2": {**SMALL, "gear.sink": 4, "gear.window": 4},
-    "streaming": {"less.recent": 8},
-    "h2o": FEW,
-    "tova": {"less.heavy": 10},
-    "less": {**FEW, "less.kernels": "KERNELS"},
-    "minicache": {},
-    "minicache+gear": SMALL,
-    "h2o+token": {**FEW, "gear.group_size": 8},
-    "kvsharer": {"kvsharer.map": "3:1"},
-    "kvsharer+gear": {**SMALL, "kvsharer.map": "3:1"},
-}
+LOSSLESS, LOSSY = lossless(8), lossy(8)
 PIECES = ("minicache", "stream")
 SPECULATIVE = ("lookup", "assisted", "sure")
 

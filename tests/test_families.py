@@ -9,7 +9,7 @@ from tests.conftest import need
 from tests.families import LIBRARIES, LIMITS, Library, Limit, Outcome, library, outcome
 
 EVICTING = ("streaming", "h2o", "tova", "less")
-WATCHING = "needs the queries, and the attention of {} cannot be reached"
+WATCHING = "evicts tokens, and the attention of {} cannot be reached"
 LATENT = "keeps latents in place of keys and values"
 REASONS = {
     "mlx": {

@@ -135,8 +135,8 @@ def test_steps_equal_the_loops(
     store.append(0, k, v)
     report, want_bytes = store.report(), nbytes(loops, e=8, es=8)
     slack = report.parts.get("slack", 0)
-    index = 2 * H * D * 8  # the token that came
-    assert report.nbytes - slack - index == sum(want_bytes.values())
+    newest = 2 * H * D * 8
+    assert report.nbytes - slack - newest == sum(want_bytes.values())
     k_read, v_read = store.read(0)
     np.testing.assert_allclose(k_read[0, :, :-1], loops.keys(), rtol=rtol, atol=atol)
     np.testing.assert_allclose(v_read[0, :, :-1], loops.values(), rtol=rtol, atol=atol)

@@ -65,10 +65,7 @@ def close(xp: ModuleType, got: Any, want: Any) -> None:
 
 
 def loops(settings: dict[str, Any], **kwargs: Any) -> MiniCachePair:
-    renamed = {
-        "retention": "rule",
-    }
-    given = {renamed.get(name, name): value for name, value in settings.items()}
+    given = {"rule" if name == "retention" else name: x for name, x in settings.items()}
     return MiniCachePair(scale=SCALE, **given, **kwargs)
 
 

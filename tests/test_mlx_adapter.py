@@ -95,11 +95,11 @@ def test_recurrent_model_is_refused() -> None:
         make_cache(model, NONE)
 
 
-def test_method_that_needs_queries_is_refused_in_dense_mode(
+def test_method_that_evicts_is_refused_in_dense_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(type(GEAR), "needs_queries", True)
-    with pytest.raises(ConfigError, match="gear needs the queries, and the attention of gemma2"):
+    monkeypatch.setattr(type(GEAR), "evicts", True)
+    with pytest.raises(ConfigError, match="gear evicts tokens, and the attention of gemma2"):
         make_cache(tiny("gemma2"), GEAR)
     make_cache(tiny("llama"), GEAR)
 

@@ -28,32 +28,14 @@ from kvc.backends.mlx.engine import Engine, load
 from kvc.errors import ConfigError
 from kvc.methods import PRESETS, parse
 from tests.conftest import need
+from tests.settings import lossless, lossy
 
 PROMPT = "The old man walked down to the harbour, and the boats lay still. He looked at"
-SMALL = {"gear.group_size": 16, "gear.buffer": 16}
-FEW = {"less.heavy": 8, "less.recent": 8}
-ALL = {"less.heavy": 200, "less.recent": 200}
-LOSSLESS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "gear": {**SMALL, "gear.outliers": 1.0},
-    "minicache": {"minicache.gamma": 1.0, "minicache.decode_policy": "keep"},
-    "kvsharer": {"kvsharer.map": "0:0"},
-    "h2o": ALL,
-    "tova": {"less.heavy": 300},
-    "streaming": {"less.recent": 300},
-}
-LOSSY: dict[str, dict[str, Any]] = {
-    **dict.fromkeys("kivi kcvt token gear-l gear-s gear".split(), SMALL),  # noqa: SIM905
-    "gear2": {**SMALL, "gear.sink": 4, "gear.window": 4},
-    "streaming": {"less.recent": 8},
-    "h2o": FEW,
-    "tova": {"less.heavy": 10},
-    "minicache": {},
-    "minicache+gear": SMALL,
-    "h2o+token": {**FEW, "gear.group_size": 16},
-    "kvsharer": {"kvsharer.map": "7:3"},
-    "kvsharer+gear": {**SMALL, "kvsharer.map": "7:3"},
-}
+# learned maps are left to the tests of transformers' ways to decode
+LOSSLESS, LOSSY = (
+    {name: given for name, given in table.items() if name != "less"}
+    for table in (lossless(16), lossy(16))
+)
 # Caches of these give back their last step alone; a draft model's steps are single tokens.
 ONE_STEP = ("streaming", "h2o", "tova", "minicache", "h2o+token")
 
@@ -282,17 +264,17 @@ def test_server_goes_on_with_a_compressed_cache(
 def test_server_processes_a_prompt_anew_whose_nearest_cache_is_compressed(
     engine: Engine, serve: Callable[..., Server]
 ) -> None:
-    server = serve("gear", SMALL)
+    server = serve("gear", LOSSY["gear"])
     server.ask(PROMPT)
     other = PROMPT[: len(PROMPT) // 2] + " the ship"
-    expected = fresh(engine, kvc.make_cache(engine.model, parse("gear", SMALL)), other)
+    expected = fresh(engine, kvc.make_cache(engine.model, parse("gear", LOSSY["gear"])), other)
     assert server.ask(other) == (expected, 0)
 
 
 def test_nearest_cache_that_cannot_go_back_is_none(engine: Engine) -> None:
     kept, cache, ids = (
         LRUPromptCache(),
-        kvc.make_cache(engine.model, parse("gear", SMALL)),
+        kvc.make_cache(engine.model, parse("gear", LOSSY["gear"])),
         [5] * 40,
     )
     for part in (ids[:39], ids[39:]):

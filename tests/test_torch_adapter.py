@@ -265,10 +265,10 @@ def test_fused_projections_are_left_alone():
     assert generate(model, padded_batch()[0], past_key_values=cache).shape == (2, 32)
 
 
-def test_method_that_needs_queries_is_refused_in_dense_mode(monkeypatch):
+def test_method_that_evicts_is_refused_in_dense_mode(monkeypatch):
     method = parse("gear", {"group_size": 16})
-    monkeypatch.setattr(type(method), "needs_queries", True)
-    with pytest.raises(ConfigError, match="gear needs the queries, and the attention of gptj"):
+    monkeypatch.setattr(type(method), "evicts", True)
+    with pytest.raises(ConfigError, match="gear evicts tokens, and the attention of gptj"):
         make_cache(tiny("gptj"), method)
     make_cache(tiny("llama"), method)
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 from kvc.backends.base import FULL, ModelShape
 from kvc.backends.fit import (
     Fit,
-    check_queries,
+    check_eviction,
     check_weights,
     describe,
     in_short,
@@ -59,7 +59,7 @@ def make_cache(
     """
     fit = model_fit(model)
     method = method.check(fit.shape)
-    check_queries(method, fit)
+    check_eviction(method, fit)
     install()
     serving.install()
     entries = build(model, method, prefill, fit.mode)

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvc.backends.base import ModelShape
 from kvc.backends.fit import (
     Fit,
-    check_queries,
+    check_eviction,
     check_weights,
     describe,
     in_short,
@@ -82,7 +82,7 @@ def make_cache(
     """
     fit = model_fit(model)
     method = method.check(fit.shape)
-    check_queries(method, fit)
+    check_eviction(method, fit)
     if fit.mode == "handle":
         install(model)
     cache = KVCCache(model.config, method, prefill, fit.mode)

@@ -81,8 +81,8 @@ class Method:
         return replace(self, layout=layout, memory=memory, numbers=numbers)
 
     @property
-    def needs_queries(self) -> bool:
-        """Whether the method watches the queries; such a one needs a model that takes handles."""
+    def evicts(self) -> bool:
+        """Whether tokens go for good; then attention must come to the store, as handles do."""
         return self.memory is not None
 
     def owners(self, n_layers: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvc.backends.base import Array, ops_of
+from kvc.errors import ConfigError
 from kvc.methods.gear import Gear
 from kvc.methods.less import Less
 from kvc.ops.attention import Partial, attend_dense, join, log_probs
@@ -233,8 +234,15 @@ class Evicting:
         return join(parts)
 
     def read(self) -> tuple[Array, Array]:
-        """Not to be had: most tokens are gone, and the heads keep different ones."""
-        raise RuntimeError("an evicting cache has no dense form")
+        """Not to be had: most tokens are gone, and the heads keep different ones.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"less: a cache that evicts by {self.less.policy} has no dense keys and values; "
+            "let attention read it, or use a method that only compresses"
+        )
 
     def trim(self, n: int) -> None:
         """Forgets the newest `n` tokens, at most `held`."""

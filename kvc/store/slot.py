@@ -47,7 +47,7 @@ class Slot:
         first = layer == self.layers[0]
         if self.groups:
             if first and pads and any(pads):
-                self._part(pads)
+                self._split_rows(pads)
             for rows, unit in self.groups:
                 pad = pads[rows[0]] if pads else 0
                 if pad < k.shape[2]:
@@ -72,7 +72,7 @@ class Slot:
         held[0].append(k)
         held[1].append(v)
 
-    def _part(self, pads: Sequence[int]) -> None:
+    def _split_rows(self, pads: Sequence[int]) -> None:
         """Parts rows that were nothing but padding by the padding that still comes."""
         groups = []
         for rows, unit in self.groups:

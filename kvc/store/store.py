@@ -163,7 +163,11 @@ class KVStore:
         return ops_of(q).astype(out, q.dtype)
 
     def read(self, layer: int) -> tuple[Array, Array]:
-        """K and V [B, n_kv_heads, T, D] as attention sees them; padding reads as zeros."""
+        """K and V [B, n_kv_heads, T, D] as attention sees them; padding reads as zeros.
+
+        Raises:
+            ConfigError: if the method evicts tokens, so that there are no T of them.
+        """
         owner = self._owners[layer]
         return self._slot_of[owner].read(owner, self._lengths[layer])
 

@@ -38,7 +38,11 @@ class Face(Protocol):
         """The answer of all tokens; the newest L are the queries' own."""
 
     def read(self) -> tuple[Array, Array]:
-        """K and V [B, H, T, D] as attention sees them, in the dtype that came."""
+        """K and V [B, H, T, D] as attention sees them, in the dtype that came.
+
+        Raises:
+            ConfigError: if some of the tokens are gone.
+        """
 
     def trim(self, n: int) -> None:
         """Forgets the newest `n` tokens, at most `held`."""
