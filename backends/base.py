@@ -154,6 +154,7 @@ class Engine(Protocol):
     """A loaded model with its tokenizer, run by its own library."""
 
     name: str
+    tokenizer: Any  # the library's own
 
     @property
     def shape(self) -> ModelShape:
@@ -188,6 +189,21 @@ class Engine(Protocol):
         on_prefill: Callable[[int, int], None] | None,
     ) -> Iterator[Piece]:
         """Generates; `on_prefill(done, total)` hears of every piece of the prompt."""
+
+    def logits(self, ids: np.ndarray[Any, Any], cache: Any) -> Array:
+        """One pass over tokens that come after those in the cache.
+
+        Shapes: ids [B, L]; returns [B, L, vocab_size].
+        """
+
+    def hidden(self, ids: np.ndarray[Any, Any], cache: Any) -> Array:
+        """The same pass without the head: the last hidden state, after the final norm.
+
+        Shapes: ids [B, L]; returns [B, L, width].
+
+        Raises:
+            ConfigError: if the model has no inner one that gives it.
+        """
 
     def peak_memory(self) -> int:
         """The most bytes that were held at a time, by the device or the process."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 from mlx_lm.sample_utils import make_sampler
 
 from kvc.backends.base import ModelShape, Piece, chunk_size
@@ -107,6 +108,28 @@ class Engine:
         text = Text(self.tokenizer, ids)  # mlx-lm's own would drop the first one's leading space
         for piece in pieces:
             yield Piece(text.add(piece.token), piece.token)
+
+    def logits(self, ids: np.ndarray[Any, Any], cache: Sequence[Any]) -> Any:
+        """One pass over tokens that come after those in the cache.
+
+        Shapes: ids [B, L]; returns [B, L, vocab_size].
+        """
+        return self.model(mx.array(ids), cache=cache)
+
+    def hidden(self, ids: np.ndarray[Any, Any], cache: Sequence[Any]) -> Any:
+        """The same pass without the head: the last hidden state, after the final norm.
+
+        Shapes: ids [B, L]; returns [B, L, width].
+
+        Raises:
+            ConfigError: If the model has no inner one that gives it.
+        """
+        inner = getattr(getattr(self.model, "language_model", self.model), "model", None)
+        if inner is None:
+            raise ConfigError(
+                f"{name_of(self.model)}: the model has no decoder apart from its head"
+            )
+        return inner(mx.array(ids), cache=cache)
 
     def peak_memory(self) -> int:
         """Bytes that MLX held at most."""

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -22,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvc.backends.base import ModelShape, Piece, chunk_size
 from kvc.backends.text import Text
+from kvc.backends.torch.attention import decoder_of
 from kvc.backends.torch.cache import make_cache, shape_of
 from kvc.backends.torch.entry import KVCCache
 from kvc.errors import BackendError, ConfigError
@@ -121,6 +123,32 @@ class Engine:
     def store(self, cache: KVCCache) -> KVStore:
         """The store behind a cache."""
         return cache.store
+
+    @torch.no_grad()
+    def logits(self, ids: np.ndarray[Any, Any], cache: KVCCache) -> torch.Tensor:
+        """One pass over tokens that come after those in the cache.
+
+        Shapes: ids [B, L]; returns [B, L, vocab_size].
+        """
+        inputs = torch.as_tensor(ids, device=self.model.device, dtype=torch.long)
+        return self.model(inputs, past_key_values=cache, use_cache=True).logits
+
+    @torch.no_grad()
+    def hidden(self, ids: np.ndarray[Any, Any], cache: KVCCache) -> torch.Tensor:
+        """The same pass without the head: the last hidden state, after the final norm.
+
+        Shapes: ids [B, L]; returns [B, L, width].
+
+        Raises:
+            ConfigError: If the model has no inner one that gives it.
+        """
+        inner = decoder_of(self.model)
+        if inner is self.model:
+            raise ConfigError(
+                f"kvc: {type(self.model).__name__} has no decoder apart from its head"
+            )
+        inputs = torch.as_tensor(ids, device=self.model.device, dtype=torch.long)
+        return inner(inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
     def peak_memory(self) -> int:
         """The most bytes held so far: on the device, or by the process where there is none."""

@@ -1,0 +1,1 @@
+"""What is learned once per model: LESS's kernels and KVSharer's map."""

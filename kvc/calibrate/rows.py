@@ -1,0 +1,67 @@
+"""Calibration data: pieces of a text, all of one length, each as a model would begin to read it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvc.backends.base import Engine
+from kvc.errors import ConfigError
+
+
+class Rows(NamedTuple):
+    """Sequences of tokens, and what a file that was made from them says of them."""
+
+    ids: np.ndarray[Any, Any]  # int32 [n, T]; each begins as the tokenizer begins a text
+    digest: str  # SHA-256 of the ids
+
+
+def read_rows(
+    engine: Engine, paths: Sequence[str | Path], n: int, length: int, seed: int = 0
+) -> Rows:
+    """`n` pieces of `length` tokens, drawn without overlap from all texts, in a random order.
+
+    Every piece is full, so that nothing is padded. The same texts, tokenizer and seed give the same
+    pieces on every backend.
+
+    Raises:
+        ConfigError: If a text cannot be read, or they have fewer tokens together.
+    """
+    pieces, n_tokens = [], 0
+    for path in paths:
+        ids = np.asarray(engine.encode(read_text(path)), np.int32)
+        bos = ids[:1][ids[:1] == getattr(engine.tokenizer, "bos_token_id", None)]
+        body, step = ids[len(bos) :], length - len(bos)
+        n_tokens += len(ids)
+        cut = body[: len(body) // step * step].reshape(-1, step)
+        pieces.append(np.concatenate([np.broadcast_to(bos, (len(cut), len(bos))), cut], 1))
+    every = np.concatenate(pieces)
+    if len(every) < n:
+        raise ConfigError(
+            f"--text: expected {n} pieces of {length} tokens, got {len(every)} from {n_tokens} "
+            "tokens; give more text, or ask for fewer or shorter pieces"
+        )
+    ids = every[np.random.default_rng(seed).permutation(len(every))[:n]]
+    return Rows(ids, hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest())
+
+
+def read_text(path: str | Path) -> str:
+    """A text in UTF-8.
+
+    Raises:
+        ConfigError: If it cannot be read, or is in another encoding.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"--text {path}: cannot read it: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(
+            f"--text {path}: expected UTF-8, got byte 0x{byte:02x} at {error.start}; convert it, "
+            "e.g. with iconv"
+        ) from None
