@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from kvc.cli.prompt import encode, read_prompt, read_settings
-from kvc.cli.run import Stats, load, run
+from kvc.cli.run import Stats, hush, load, run
 
 
 @click.command()
@@ -87,6 +87,7 @@ def generate(
     from kvc.methods import parse
 
     text = read_prompt(prompt, prompt_file)
+    hush(quiet)
     parsed = parse(method, read_settings(settings))
     engine = load(backend, model, dtype, quiet)
     ids = encode(engine, text, chat)

@@ -1,4 +1,4 @@
-"""`kvc info`: the backends of this machine, and which ops have kernels there."""
+"""`kvc info`: the backends of this machine, and which ops have kernels there; models; artifacts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from kvc.cli.artifact import show_artifact
 from kvc.cli.run import in_units, load
 from kvc.errors import BackendError, ConfigError
 
@@ -166,6 +167,7 @@ def show_model(facts: dict[str, Any]) -> None:
 
 
 @click.command()
+@click.argument("artifact", required=False)
 @click.option(
     "--model", help="A folder or a name on the Hugging Face hub: what presets cost there."
 )
@@ -177,14 +179,25 @@ def show_model(facts: dict[str, Any]) -> None:
     help="What loads the model.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(model: str | None, backend: str, as_json: bool) -> None:
-    """Show the backends found, and which ops have kernels there; or a model.
+def info(artifact: str | None, model: str | None, backend: str, as_json: bool) -> None:
+    """Show the backends found, and which ops have kernels there; or a model; or ARTIFACT.
+
+    ARTIFACT is a file of LESS kernels or a KVSharer map, or a repository of the Hugging Face hub
+    with one.
 
     Example: kvc info --json
     """
     from kvc.api import presets
     from kvc.demo import path
 
+    if artifact is not None and (model is not None or backend != "auto"):
+        raise ConfigError(
+            f"info: expected ARTIFACT or --model, got {artifact!r} and "
+            f"{'--backend' if model is None else '--model'}"
+        )
+    if artifact is not None:
+        show_artifact(artifact, as_json)
+        return
     if model is None and backend != "auto":
         raise ConfigError("info: --backend says what loads --model, got no --model")
     if model is not None:

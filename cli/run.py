@@ -71,6 +71,13 @@ def in_units(n: float) -> str:
     return f"{n:.2f} GiB"
 
 
+def hush(quiet: bool = False) -> None:
+    """Tells the library of the Hugging Face hub, before its import, to keep to our ways."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else a line for each try without network
+    if quiet or not sys.stderr.isatty():  # the libraries' bars know of no terminal
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def load(backend: str, model: str | None, dtype: str | None = None, quiet: bool = False) -> Engine:
     """The model, or the bundled one without a name; the libraries keep to kvc's ways on stderr.
 
@@ -80,9 +87,7 @@ def load(backend: str, model: str | None, dtype: str | None = None, quiet: bool 
     from kvc.api import load_engine
     from kvc.demo import path
 
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else a line for each try without network
-    if quiet or not sys.stderr.isatty():  # the libraries' bars know of no terminal
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hush(quiet)
     return load_engine(backend, model if model is not None else str(path()), dtype)
 
 

@@ -2,7 +2,9 @@
 
 from kvc import errors
 from kvc.api import load_engine, make_cache, presets, report
+from kvc.hub import load_artifact
 from kvc.methods import Gear, KVSharer, Less, Method, MiniCache, parse
+from kvc.version import __version__
 
 __all__ = [
     "Gear",
@@ -10,7 +12,9 @@ __all__ = [
     "Less",
     "Method",
     "MiniCache",
+    "__version__",
     "errors",
+    "load_artifact",
     "load_engine",
     "make_cache",
     "parse",

@@ -14,7 +14,7 @@ class ShapeError(KVCError):
 
 
 class ArtifactError(KVCError):
-    """A map or a set of kernels that is damaged or was made for another model."""
+    """A map or a set of kernels that is damaged, cannot be had, or was made for another model."""
 
 
 class BackendError(KVCError):

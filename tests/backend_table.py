@@ -79,15 +79,17 @@ def method_of(name: str, shape: ModelShape, folder: Path, **settings: str) -> Me
     LESS's maps are random, and large enough that the state is felt.
     """
     parts = name.split("+")
+    owners = list(range(shape.n_layers))
     if "kvsharer" in parts:
-        settings["kvsharer.map"] = f"{shape.n_layers - 1}:{shape.n_layers // 2 - 1}"
+        owners[-1] = shape.n_layers // 2 - 1
+        settings["kvsharer.map"] = f"{shape.n_layers - 1}:{owners[-1]}"
     if "less" in parts:
         path = folder / "maps.safetensors"
         size = (shape.n_heads, shape.n_kv_heads, shape.head_dim, 32, 8)
         weights = random_weights(*size, seed=0, s1=0.05)
         fields = {name: getattr(weights, name).astype(np.float32) for name in Kernels._fields}
         layers = {i: Kernels(**fields) for i in range(shape.n_layers)}
-        write_kernels(path, layers, shape.fingerprint, {})
+        write_kernels(path, layers, shape.fingerprint, {"map": owners})
         settings["less.kernels"] = str(path)
     if "gear2" in parts:  # less than its 64 sinks and window of 128, which leave nothing to code
         settings |= {"gear.sink": "16", "gear.window": "32"}

@@ -39,8 +39,10 @@ def no_engine(*_: Any) -> None:
         (("a", "--set", "bots=3"), ["bots", "bits"]),
         (("a", "--method", "geer"), ["geer", "gear"]),
         (("a", "--method", "gear+kivi"), ["gear", "kivi"]),
-        (("a", "--method", "kvsharer"), ["kvsharer", "map"]),
         (("a", "--method", "kvsharer", "--set", "map=here.json"), ["here.json"]),
+        (("a", "--method", "kvsharer", "--set", "map=maps/here.json"), ["no such file"]),
+        (("a", "--method", "kvsharer", "--set", "map=org/name"), ["org/name", "hub"]),
+        (("a", "--method", "kvsharer", "--set", "share=0"), ["share", "0.0"]),
     ],
 )
 def test_errors_are_one_line_and_come_first(
@@ -80,6 +82,23 @@ def test_model_of_another_kind(backend: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     line = error_line(generate(backend, "a", "--model", str(tmp_path)))
     assert str(tmp_path) in line
+
+
+@both
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("kvsharer", ["llama-8l-4h-2kv-64d-2048v", "kvc search kvsharer --model", "kvsharer.map="]),
+        ("less", ["llama-8l-4h-2kv-64d-2048v", "h2o", "kvc train less --model", "less.kernels="]),
+    ],
+)
+def test_learned_parts_that_are_not_there(
+    backend: str, method: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(demo.path())
+    monkeypatch.setattr(demo, "path", lambda: tmp_path)
+    line = error_line(generate(backend, PROMPT, "--method", method, "--model", model))
+    assert all(word in line for word in words), line
 
 
 @both

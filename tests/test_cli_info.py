@@ -3,15 +3,20 @@
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import kvc.cuda_kernels
 import kvc.metal_kernels
-from kvc import api, demo
+from kvc import __version__, api, demo
 from kvc.cli.info import op_table, why_definition
+from kvc.files import facts, read_artifact, write_kernels, write_map
+from kvc.ops.evict import Kernels
+from tests.oracles.less_features import random_weights
 from tests.run_cli import both, error_line, kvc_run, need_backend
 
 HERE = {"available": True, "device": "Metal"}
@@ -137,3 +142,71 @@ def test_model_that_is_not_there(tmp_path: Any) -> None:
     args = ("info", "--backend", "cpu")
     assert str(tmp_path) in error_line(kvc_run(*args, "--model", str(tmp_path)))
     assert "--model" in error_line(kvc_run(*args))
+
+
+def shown(*args: str) -> list[str]:
+    """The lines that `kvc info` prints, each with single blanks."""
+    result = kvc_run("info", *args)
+    assert result.exit_code == 0, result.output
+    return [" ".join(line.split()) for line in result.stdout.splitlines()]
+
+
+def test_map_file(tmp_path: Path) -> None:
+    path, config = str(tmp_path / "map.json"), {"share": 0.25, "order": "dissimilar"}
+    write_map(path, [0, 1, 2, 3, 4, 5, 3, 6], "llama-8l", config, "ab" * 32, "as asked")
+    lines = shown(path)
+    for line in (
+        f"artifact {path}",
+        "kind kvsharer-map",
+        "model llama-8l",
+        "layers 8, of which 2 read another one's cache (25.0%)",
+        "map 6 reads 3, 7 reads 3",
+        "ratio 1.33",
+        "note as asked",
+        f"data SHA-256 {'ab' * 32}",
+        f"written by kvc {__version__}",
+        "made with",
+        "share 0.25",
+        "order dissimilar",
+    ):
+        assert line in lines
+    row = json.loads(kvc_run("info", path, "--json").stdout)
+    assert row == {"artifact": path, **json.loads(json.dumps(facts(read_artifact(path))))}
+    write_map(path, [0, 1], "llama-2l", {})
+    lines = shown(path)
+    assert "map every layer reads its own" in lines
+    assert "data not stated" in lines
+    assert "made with" not in lines
+
+
+def test_kernels_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "k.safetensors")
+    maps = random_weights(4, 2, 16, hidden=8, rank=3, seed=0, s1=0.5)
+    part = Kernels(**{name: x.astype(np.float16) for name, x in vars(maps).items()})
+    config = {"policy": "h2o", "heavy": 102, "recent": 101, "map": [0, 0, 2, 1], "losses": [1, 2]}
+    write_kernels(path, {0: part, 2: part}, "llama-4l", config)
+    lines = shown(path)
+    n = 2 * sum(x.size for x in part)
+    for line in (
+        "kind less-kernels",
+        "layers 2: 0, 2",
+        "rank 3",
+        "hidden 8",
+        f"parameters {n:,} in float16, {2 * n / 1024:.1f} KiB",
+        "policy h2o",
+        "budget 102 heavy and 101 recent tokens",
+        "map trained under 1 reads 0, 3 reads 0",
+        "losses [1, 2]",
+    ):
+        assert line in lines
+    row = json.loads(kvc_run("info", path, "--json").stdout)
+    assert (row["layers"], row["rank"], row["parameters"]) == ([0, 2], [3], n)
+    assert row["config"] == config
+
+
+def test_artifact_that_is_none(tmp_path: Path) -> None:
+    assert "no such file" in error_line(kvc_run("info", str(tmp_path / "none.json")))
+    weights = str(demo.path() / "model.safetensors")
+    assert "no less-kernels file of kvc" in error_line(kvc_run("info", weights))
+    assert "expected ARTIFACT or --model" in error_line(kvc_run("info", "a.json", "--model", "m"))
+    assert "--backend" in error_line(kvc_run("info", "a.json", "--backend", "cpu"))

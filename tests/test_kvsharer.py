@@ -132,7 +132,6 @@ def test_chains_are_followed() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "got none"),
         ("3:5", "got 3:5"),
         ("-1:-1", "got -1:-1"),
         ("0:-1", "got 0:-1"),
@@ -147,6 +146,17 @@ def test_wrong_maps_are_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as info:
         KVSharer(text)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.25, 25, float("nan")])
+def test_wrong_shares_are_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match="share must be a fraction of the layers"):
+        KVSharer(share=share)
+
+
+def test_without_a_map_there_are_no_owners() -> None:
+    with pytest.raises(ConfigError, match="expected a map from sharers to owners, got none"):
+        KVSharer().owners(8)
 
 
 def test_map_beyond_the_model_is_refused() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvc.backends.base import FULL, ModelShape
 from kvc.errors import ConfigError, KVCError
-from kvc.methods import Less, Method, parse
+from kvc.methods import KVSharer, Less, Method, parse
 from kvc.ops.evict import Kernels
 from kvc.store.evicting import Evicting
 from kvc.store.store import KVStore
@@ -249,7 +250,10 @@ def test_bad_numbers_name_their_layer(xp: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("text", "settings", "message"),
     [
-        ("less", {}, r"set less.kernels=FILE.safetensors, or take h2o"),
+        ("h2o", {"heavy": "nan"}, "heavy must be a number of tokens"),
+        ("h2o", {"recent": "inf"}, "recent must be a number of tokens"),
+        ("h2o", {"heavy": "100%"}, "heavy must be below 100%, got '100%'"),
+        ("h2o", {"heavy": "five%"}, "heavy must be float, got 'five%'"),
         ("h2o", {"heavy": "2.5"}, "heavy must be a number of tokens"),
         ("h2o", {"policy": "fifo"}, "policy must be one of h2o, sink, tova"),
         ("tova", {"recent": "4"}, "tova protects no window"),
@@ -262,3 +266,21 @@ def test_bad_numbers_name_their_layer(xp: ModuleType) -> None:
 def test_bad_methods(text: str, settings: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(text, settings)
+
+
+def test_kernels_that_were_not_looked_for_are_no_bare_policy() -> None:
+    with pytest.raises(ConfigError, match="expected a method checked against a model"):
+        KVStore(parse("less"), 1)
+
+
+def test_percentages_are_fractions() -> None:
+    assert parse("h2o", {"heavy": "5%", "recent": "2.5%"}) == parse("h2o", {"heavy": 0.05})
+    assert parse("gear", {"outliers": "100%"}) == parse("gear", {"outliers": 1})
+    assert parse("kvsharer", {"share": "12.5%"}).layout == KVSharer(share=0.125)
+
+
+def test_budgets_below_one_token_are_refused() -> None:
+    shape = ModelShape("llama", 1, HQ, H, D, 100, 128, 4, (FULL,))
+    assert Less(heavy=0.01).check(shape).heavy == 1
+    with pytest.raises(ConfigError, match=r"heavy 0.007 and recent 0.001 .* below one token"):
+        Less(heavy=0.007, recent=0.001).check(shape)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvc import demo
 from kvc.backends.base import FULL, ModelShape
+from kvc.files import write_kernels, write_map
 from kvc.measure.memory import Cost, cost_table
 from kvc.methods import PRESETS
+from kvc.ops.evict import Kernels
 from tests.oracles import gear, less
 from tests.oracles.gear_cache import role_bytes
+from tests.oracles.less_features import random_weights
 
 L, HQ, H, D, E, CONTEXT = 5, 4, 2, 64, 2, 4096
 KINDS = (FULL, "sliding_attention") * L  # layers with a window cost what they cost anyway
@@ -69,5 +74,28 @@ def test_pairs_of_layers_save_a_third_of_themselves(table: dict[str, Cost]) -> N
 
 
 def test_what_cannot_be_priced_says_why(table: dict[str, Cost]) -> None:
-    assert "expected a map" in table["kvsharer"].note
-    assert "expected the learned maps" in table["less"].note
+    assert "kvc search kvsharer" in table["kvsharer"].note
+    assert "kvc train less" in table["less"].note
+
+
+def test_learned_parts_are_priced_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = ModelShape("llama", 4, HQ, H, D, 1000, CONTEXT, E, (FULL,) * 4)
+    maps = random_weights(HQ, H, D, hidden=8, rank=4, seed=0, s1=0.05)
+    config = {"policy": "h2o", "heavy": 102, "recent": 102}
+    write_map(tmp_path / "kvsharer-25.json", [0, 1, 2, 0], shape.fingerprint, {"share": 0.25})
+    write_kernels(
+        tmp_path / "less-h2o-5.safetensors",
+        {layer: Kernels(**vars(maps)) for layer in range(4)},
+        shape.fingerprint,
+        config,
+    )
+    monkeypatch.setattr(demo, "path", lambda: tmp_path)
+    found = {cost.method: cost for cost in cost_table(shape)}
+    assert found["kvsharer"].bytes_per_token == 3 * 2 * H * D * E
+    assert found["kvsharer"].ratio == 4 / 3
+    assert found["kvsharer"].note == "with the map 3:0"
+    size = sum(less.nbytes(H, D, 2 * int(0.025 * CONTEXT), 4, "h2o", E).values())
+    assert found["less"].fixed_bytes == 4 * size
+    assert found["less"].note == "with less-h2o-5.safetensors"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from kvc.backends.base import FULL, ModelShape
 from kvc.errors import KVCError
-from kvc.methods import PRESETS, Method, parse
+from kvc.methods import PRESETS, KVSharer, Method, MiniCache, parse
 from kvc.store.store import KVStore
 
 LENGTHS = (512, 1024)  # of two prompts; the difference is what the tokens between them cost
@@ -44,22 +45,33 @@ def _cost(name: str, shape: ModelShape) -> Cost:
     slope = (long - short) / (LENGTHS[1] - LENGTHS[0])
     layers = shape.layer_kinds.count(FULL)
     dense = 2 * layers * shape.n_kv_heads * shape.head_dim * shape.dtype_bytes
-    note = f"at a cosine of {COSINE} between layers" if name == "minicache" else ""
     fixed = round(short - slope * LENGTHS[0])
-    return Cost(name, slope, fixed, dense / slope if slope else None, note)
+    return Cost(name, slope, fixed, dense / slope if slope else None, _note(method))
+
+
+def _note(method: Method) -> str:
+    """What a method's figures rest on, if on more than its parameters."""
+    if isinstance(method.layout, MiniCache):
+        return f"at a cosine of {COSINE} between layers"
+    if isinstance(method.layout, KVSharer):
+        return f"with the map {method.layout.map}"
+    if method.memory and method.memory.kernels:
+        return f"with {Path(method.memory.kernels).name}"
+    return ""
 
 
 def _nbytes(method: Method, shape: ModelShape, n: int) -> int:
     """Bytes in use for a prompt of `n` tokens and one more, at which a store compresses it.
 
-    One layer that is alone stands for all such layers, and one pair for all pairs.
+    One layer that is alone stands for all such layers, and one pair for all pairs. Layers that read
+    another one's cache hold nothing.
     """
     n_layers = shape.layer_kinds.count(FULL)
     pairs = method.pairs(n_layers)
     total = 0
     if pairs:
         total += len(pairs) * _held(method, shape, n_layers, pairs[0], n)
-    if alone := n_layers - 2 * len(pairs):
+    if alone := len({*method.owners(n_layers)}) - 2 * len(pairs):
         total += alone * _held(method, shape, n_layers, (0,), n)
     return total
 

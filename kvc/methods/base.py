@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from kvc.backends.base import FULL, ModelShape
 from kvc.errors import ConfigError
+from kvc.files import sharers
 from kvc.methods.gear import Gear
 from kvc.methods.kvsharer import KVSharer
 from kvc.methods.less import Less
@@ -64,7 +65,8 @@ class Method:
 
         Raises:
             ConfigError: if the method and the model do not go together.
-            ArtifactError: if a map or maps were made for another model.
+            ArtifactError: if a map or kernels were made for another model, or the kernels were
+                trained under another map.
         """
         numbers = tuple(i for i, kind in enumerate(shape.layer_kinds) if kind == FULL)
         if self.codec:
@@ -75,9 +77,11 @@ class Method:
                 f"{self.name}: expected two layers to merge behind the start, got a model with "
                 f"{len(numbers)} layers that keep all tokens; set minicache.start=0 or leave it out"
             )
+        shared: dict[int, int] = {}
         if isinstance(layout, KVSharer):
             layout = layout.check(shape)
-        memory = self.memory and self.memory.check(shape)
+            shared = sharers(layout.owners(shape.n_layers))
+        memory = self.memory and self.memory.check(shape, shared)
         return replace(self, layout=layout, memory=memory, numbers=numbers)
 
     @property

@@ -7,41 +7,44 @@ and m(m(i)) = m(i). An owner reads its own, m(i) = i; a sharer stores nothing, m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
 from kvc.backends.base import FULL, ModelShape
 from kvc.errors import ArtifactError, ConfigError
-from kvc.files import MapFile, check_model, read_map
+from kvc.files import MAP, MapFile, bundled_maps, check_model, map_text, read_map
+from kvc.hub import locate
 from kvc.methods.part import Part
 
 
 @dataclass(frozen=True)
 class KVSharer(Part):
-    """Which layers read the cache of which: `5:1,7:3`, or the path of a map in a JSON file.
+    """Which layers read the cache of which: `5:1,7:3`, or a JSON file, or where the hub has one.
 
-    Numbers are the model's, all its layers counted. The map is read once.
+    Numbers are the model's, all its layers counted. The map is read once. Without one `check` takes
+    that of the bundled maps for the model whose share is nearest.
     """
 
     seam: ClassVar[str] = "layout"
     section: ClassVar[str] = "kvsharer"
 
     map: str = ""
+    share: float = 0.25  # of the layers, that store nothing; where no map is named
 
     def __post_init__(self) -> None:
-        """Reads the map.
+        """Reads the map, if one is named.
 
         Raises:
-            ConfigError: If there is none, or a layer's owner is a later layer.
+            ConfigError: If a layer's owner is a later layer, or the share is no fraction.
             ArtifactError: If its file is missing, damaged, or says of no model.
         """
-        if not self.map:
+        if not 0 < self.share < 1:
             raise ConfigError(
-                "kvsharer: expected a map from sharers to owners, got none; "
-                "set kvsharer.map=5:1,7:3 or the path of a JSON file"
+                f"kvsharer: share must be a fraction of the layers, above 0 and below 1, got "
+                f"{self.share}"
             )
-        for layer, owner in self.pairs.items():
+        for layer, owner in self.pairs.items() if self.map else ():
             if not 0 <= owner <= layer:
                 raise ConfigError(
                     f"kvsharer: a layer shares with an earlier one, got {layer}:{owner}"
@@ -50,11 +53,22 @@ class KVSharer(Part):
     @cached_property
     def file(self) -> MapFile | None:
         """The file's contents, if the map is one."""
-        return read_map(self.map) if self.map.endswith(".json") else None
+        named = self.map.endswith(".json") or "/" in self.map
+        return read_map(locate(self.map, (MAP,))) if named else None
 
     @cached_property
     def pairs(self) -> dict[int, int]:
-        """Owner by layer, as written; layers that are not named own theirs."""
+        """Owner by layer, as written; layers that are not named own theirs.
+
+        Raises:
+            ConfigError: If the map is neither a file nor such a text, or there is none.
+            ArtifactError: If its file cannot be had.
+        """
+        if not self.map:
+            raise ConfigError(
+                "kvsharer: expected a map from sharers to owners, got none; "
+                "set kvsharer.map=5:1,7:3 or the path of a JSON file"
+            )
         if self.file:
             return {i: owner for i, owner in enumerate(self.file.owners) if owner != i}
         try:
@@ -69,12 +83,15 @@ class KVSharer(Part):
         return pairs
 
     def check(self, shape: ModelShape) -> KVSharer:
-        """The same map, which needs no file any more.
+        """The same map, or a bundled one, which needs no file any more.
 
         Raises:
             ArtifactError: If the map's file was made for another model.
-            ConfigError: If the model has no such layers, or one of them keeps a window only.
+            ConfigError: If the model has no such layers, or one of them keeps a window only; or if
+                no map is named and none is bundled.
         """
+        if not self.map:
+            return replace(self, map=self._bundled(shape)).check(shape)
         if self.file:
             check_model(self.file.model, shape.fingerprint, self.map)
             if len(self.file.owners) != shape.n_layers:
@@ -96,7 +113,20 @@ class KVSharer(Part):
                 f"({', '.join(map(str, kept))}), got layer {min(others)} with "
                 f"{shape.layer_kinds[min(others)]}"
             )
-        return KVSharer(",".join(f"{i}:{owner}" for i, owner in self.pairs.items()) or "0:0")
+        return replace(self, map=map_text(self.pairs) or "0:0")
+
+    def _bundled(self, shape: ModelShape) -> str:
+        """The path of the bundled map for a model whose share is nearest; the smaller of two."""
+        maps = bundled_maps(shape.fingerprint).items()
+        shares: dict[str, float] = {path: file.config["share"] for path, file in maps}
+        if not shares:
+            raise ConfigError(
+                f"kvsharer: expected a map for this model, {shape.fingerprint}, found none; make "
+                "one with kvc search kvsharer --model MODEL --text FILE, or set "
+                "kvsharer.map=5:1,7:3 or to a file"
+            )
+        off = {path: round(abs(share - self.share), 9) for path, share in shares.items()}
+        return min(off, key=lambda path: (off[path], shares[path]))
 
     def owners(self, n_layers: int, numbers: Sequence[int] = ()) -> tuple[int, ...]:
         """The owner of each of the store's layers, by the store's numbers; chains are followed.

@@ -7,17 +7,21 @@ Dong et al. 2024, arXiv:2402.09398. Without its learned maps it is the bare poli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
+from types import MappingProxyType
 from typing import ClassVar, Literal, get_args
 
 from kvc.backends.base import ModelShape
 from kvc.errors import ArtifactError, ConfigError
-from kvc.files import check_model, read_kernels
+from kvc.files import KERNELS, bundled_kernels, check_model, map_text, read_kernels
+from kvc.hub import locate
 from kvc.methods.part import Part
 from kvc.ops.evict import Kernels
 
 Policy = Literal["h2o", "sink", "tova"]
+_ALONE: Mapping[int, int] = MappingProxyType({})  # no layer reads another one's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,9 @@ class Less(Part):
     policy: Policy = "h2o"
     heavy: float = 0.025  # heavy hitters, or the first tokens, or all that TOVA keeps
     recent: float = 0.025  # newest tokens, which always stay
-    kernels: str | None = ""  # file of learned maps; "" for the bare policy; None asks for one
+    # learned kernels: a file, or where the hub has one; "" for the bare policy; None for those of
+    # the bundled ones that are nearest
+    kernels: str | None = ""
     normalize: bool = False  # H2O: mass divided by the number of queries that saw the token
 
     def __post_init__(self) -> None:
@@ -44,7 +50,7 @@ class Less(Part):
             raise ConfigError(f"less: policy must be one of {known}, got {self.policy!r}")
         for name in ("heavy", "recent"):
             value = getattr(self, name)
-            if value < 0 or (value >= 1 and value != int(value)):
+            if not (0 <= value < 1 or (1 <= value < inf and value == int(value))):
                 raise ConfigError(
                     f"less: {name} must be a number of tokens, or below 1 a fraction of the "
                     f"context, got {value}"
@@ -55,11 +61,6 @@ class Less(Part):
             raise ConfigError(
                 f"less: tova protects no window, so recent must be 0, got {self.recent}; "
                 "give the whole budget to heavy"
-            )
-        if self.kernels is None:
-            raise ConfigError(
-                "less: expected the learned maps of this model, got none; set "
-                "less.kernels=FILE.safetensors, or take h2o, which is less without the state"
             )
 
     def conflict(self, other: Part) -> str | None:
@@ -74,17 +75,60 @@ class Less(Part):
             )
         return None
 
-    def check(self, shape: ModelShape) -> Less:
-        """The same with budgets in tokens.
+    def check(self, shape: ModelShape, sharers: Mapping[int, int] = _ALONE) -> Less:
+        """The same with budgets in tokens, and the path of its kernels.
+
+        Args:
+            shape: Of the model.
+            sharers: The owners of layers that read another layer's cache. Kernels know the keys of
+                the cache that their layer read in training, and serve no other.
 
         Raises:
-            ConfigError: if a fraction is given and the context's length is not known.
-            ArtifactError: if the maps are unreadable, or another model's.
+            ConfigError: if a fraction is given and the context's length is not known; if nothing
+                would be kept; if no kernels are named and none are bundled.
+            ArtifactError: if the kernels are unreadable, another model's, or another map's.
         """
         heavy, recent = (self._tokens(name, shape) for name in ("heavy", "recent"))
-        if self.kernels:
-            check_model(read_kernels(self.kernels).model, shape.fingerprint, self.kernels)
-        return replace(self, heavy=heavy, recent=recent)
+        if not heavy + recent:
+            raise ConfigError(
+                f"less: heavy {self.heavy} and recent {self.recent} of a context of "
+                f"{shape.context_length} tokens are below one token; keep at least one"
+            )
+        kernels = self.kernels
+        if kernels is None:
+            kernels = self._bundled(shape, sharers, heavy + recent)
+        elif kernels:
+            path = locate(kernels, (KERNELS,))
+            file = read_kernels(path)
+            check_model(file.model, shape.fingerprint, kernels)
+            if file.sharers != sharers:
+                raise ArtifactError(
+                    f"{kernels}: expected kernels trained under the method's sharing map, "
+                    f"{map_text(sharers) or 'none'}, got ones trained under "
+                    f"{map_text(file.sharers) or 'none'}; kernels serve the map of their training"
+                )
+            kernels = str(path)
+        return replace(self, heavy=heavy, recent=recent, kernels=kernels)
+
+    def _bundled(self, shape: ModelShape, sharers: Mapping[int, int], budget: int) -> str:
+        """The path of the bundled kernels for a model, this policy and the nearest budget.
+
+        Nearest by ratio; of two the smaller budget.
+        """
+        budgets = {
+            path: file.config["heavy"] + file.config["recent"]
+            for path, file in bundled_kernels(shape.fingerprint).items()
+            if file.config.get("policy") == self.policy and file.sharers == sharers
+        }
+        if not budgets:
+            under = f" and the map {map_text(sharers)}" if sharers else ""
+            raise ConfigError(
+                f"less: expected kernels for this model, {shape.fingerprint}, policy {self.policy}"
+                f"{under}, found none; make them with kvc train less --model MODEL --text FILE and "
+                "set less.kernels=FILE.safetensors, or take h2o, which is less without the state"
+            )
+        off = {path: max(n, budget) / min(n, budget) for path, n in budgets.items()}
+        return min(budgets, key=lambda path: (off[path], budgets[path]))
 
     def _tokens(self, name: str, shape: ModelShape) -> int:
         """A budget in tokens."""
@@ -99,14 +143,17 @@ class Less(Part):
         return int(value * shape.context_length)
 
     def maps(self, numbers: Sequence[int]) -> dict[int, Kernels]:
-        """The learned maps of layers by their place in `numbers`, the model's numbers of them.
+        """The learned kernels of layers by their place in `numbers`, the model's numbers of them.
 
         Raises:
+            ConfigError: if they were not looked for yet, which `check` does.
             ArtifactError: if the file cannot be read, or lacks one of the layers.
         """
+        if self.kernels is None:
+            raise ConfigError("less: expected a method checked against a model, got one without")
         if not self.kernels:
             return {}
         found = read_kernels(self.kernels).layers
         if missing := [n for n in numbers if n not in found]:
-            raise ArtifactError(f"{self.kernels}: expected maps of layer {missing[0]}, got none")
+            raise ArtifactError(f"{self.kernels}: expected kernels of layer {missing[0]}, got none")
         return {place: found[number] for place, number in enumerate(numbers)}

@@ -91,9 +91,13 @@ def _value(kind: type[Part], key: str, value: Any) -> Any:
         if value.lower() not in ("true", "false"):
             raise ConfigError(f"{kind.section}: {key} must be true or false, got {value!r}")
         return value.lower() == "true"
+    percent = target is float and isinstance(value, str) and value.endswith("%")
     try:
-        return target(value)
+        parsed = float(value[:-1]) / 100 if percent else target(value)
     except (TypeError, ValueError):
         raise ConfigError(
             f"{kind.section}: {key} must be {target.__name__}, got {value!r}"
         ) from None
+    if percent and kind is Less and parsed >= 1:  # there 1 is one token
+        raise ConfigError(f"less: {key} must be below 100%, got {value!r}")
+    return parsed

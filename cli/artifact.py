@@ -1,0 +1,78 @@
+"""What `kvc info` says of a file of LESS kernels or a KVSharer map."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from kvc.cli.run import hush, in_units
+
+
+def show_artifact(name: str, as_json: bool) -> None:
+    """Explains an artifact, a file or one of the hub, for a reader or as one JSON object.
+
+    Raises:
+        ArtifactError: If there is none, it cannot be had, or it is damaged.
+    """
+    from kvc.files import KERNELS, facts
+    from kvc.hub import load_artifact
+
+    hush()
+    found = {"artifact": name, **facts(load_artifact(name))}
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    own = _kernels(found) if found["kind"] == KERNELS else _map(found)
+    rows = {
+        "artifact": name,
+        "kind": found["kind"],
+        "model": found["model"],
+        **own,
+        "data": f"SHA-256 {found['calibration']}" if found["calibration"] else "not stated",
+        "written": f"by kvc {found['version']}",
+    }
+    for key, text in rows.items():
+        click.echo(f"{key:<12}{text}")
+    if found["config"]:
+        click.echo("\nmade with")
+    wide = max(map(len, found["config"]), default=0) + 2
+    for key, x in found["config"].items():
+        click.echo(f"  {key:<{wide}}{x if isinstance(x, str) else json.dumps(x)}")
+
+
+def _kernels(found: dict[str, Any]) -> dict[str, str]:
+    config, under = found["config"], found["sharers"]
+    layers, dtypes = found["layers"], ", ".join(found["dtype"])
+    shown = {
+        "layers": f"{len(layers)}: {', '.join(map(str, layers))}",
+        "rank": _numbers(found["rank"]),
+        "hidden": _numbers(found["hidden"]),
+        "parameters": f"{found['parameters']:,} in {dtypes}, {in_units(found['bytes'])}",
+    }
+    if "policy" in config:
+        shown["policy"] = str(config["policy"])
+    if {"heavy", "recent"} <= config.keys():
+        shown["budget"] = f"{config['heavy']} heavy and {config['recent']} recent tokens"
+    if under:
+        shown["map"] = f"trained under {_pairs(under)}"
+    return shown
+
+
+def _map(found: dict[str, Any]) -> dict[str, str]:
+    shared, n = found["sharers"], found["layers"]
+    return {
+        "layers": f"{n}, of which {len(shared)} read another one's cache ({found['share']:.1%})",
+        "map": _pairs(shared) or "every layer reads its own",
+        "ratio": f"{found['ratio']:.2f}",
+        **({"note": found["note"]} if found["note"] else {}),
+    }
+
+
+def _pairs(shared: dict[int, int]) -> str:
+    return ", ".join(f"{layer} reads {owner}" for layer, owner in shared.items())
+
+
+def _numbers(values: list[int]) -> str:
+    return ", ".join(map(str, values))

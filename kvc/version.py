@@ -1,0 +1,3 @@
+"""The version of kvc, which its files name; a test holds it equal to that of pyproject.toml."""
+
+__version__ = "0.1.0"
