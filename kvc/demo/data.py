@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kvc.measure.facts import FACT, N_DIGITS, NAMES
+
 Tokens = NDArray[np.int32]  # [T]
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-N_DIGITS = 4
 TEMPLATES = (
-    " The code of {} is {}.",
+    FACT,
     " {}'s number is {}.",
     " The room of {} is {}.",
     # The closer the number stands to the name, the easier it is to learn to look it up.
@@ -30,17 +31,6 @@ TEMPLATES = (
     " {} {}.",
     " {}{}.",
 )
-# fmt: off
-NAMES = (
-    "Anna", "Boris", "Clara", "David", "Edith", "Felix", "Grace", "Henry", "Irene", "James",
-    "Karen", "Louis", "Maria", "Nelly", "Oscar", "Paula", "Robert", "Sofia", "Thomas", "Ursula",
-    "Victor", "Walter", "Agnes", "Bertha", "Charles", "Diana", "Edward", "Frank", "George", "Helen",
-    "Isabel", "John", "Kitty", "Laura", "Martin", "Nancy", "Oliver", "Peter", "Rachel", "Samuel",
-    "Teresa", "Vera", "William", "Alice", "Bruno", "Caroline", "Daniel", "Emma", "Francis",
-    "Gabriel", "Harriet", "Ivan", "Julia", "Leonard", "Margaret", "Nicholas", "Olga", "Philip",
-    "Rosa", "Simon", "Tom", "Mary", "Jane", "Lucy",
-)
-# fmt: on
 
 
 class Kind(IntEnum):
