@@ -12,6 +12,8 @@ from kvc.store.store import KVStore
 
 # Why weights that nobody reads cannot be freed.
 FUSED = "q, k and v are one matrix in this model: the projections still run"
+# What the authors of models call the projection behind attention.
+OUTPUTS = ("o_proj", "out_proj", "dense", "wo")
 
 
 # What layers keep that are not ours, by their kind.

@@ -16,6 +16,7 @@ from mlx_lm.sample_utils import make_sampler
 from kvc.backends.base import ModelShape, Piece, chunk_size
 from kvc.backends.mlx.cache import make_cache, shape_of
 from kvc.backends.mlx.entry import KVCEntry, name_of
+from kvc.backends.mlx.projections import output_projection
 from kvc.backends.text import Text
 from kvc.errors import BackendError, ConfigError
 from kvc.methods import Method
@@ -130,6 +131,13 @@ class Engine:
                 f"{name_of(self.model)}: the model has no decoder apart from its head"
             )
         return inner(mx.array(ids), cache=cache)
+
+    def output_projection(self, layer: int) -> Any:
+        """The matrix [n_heads * head_dim, width] behind a layer's attention, by the model's number.
+
+        None where the model calls it by no name that is known.
+        """
+        return output_projection(self.model, layer, self.shape.n_heads * self.shape.head_dim)
 
     def peak_memory(self) -> int:
         """Bytes that MLX held at most."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ name = "mlx"
 word = mx.uint32
 
 abs, exp, log, sqrt, sin, cos, tanh = mx.abs, mx.exp, mx.log, mx.sqrt, mx.sin, mx.cos, mx.tanh
-arctan2, isfinite, erf, round = mx.arctan2, mx.isfinite, mx.erf, mx.round
+arctan2, isfinite, round = mx.arctan2, mx.isfinite, mx.round
 where, maximum, minimum = mx.where, mx.maximum, mx.minimum
 
 
@@ -126,6 +127,10 @@ def sum(x: Array, axis: int, keepdims: bool = False) -> Array:
 
 def mean(x: Array, axis: int, keepdims: bool = False) -> Array:
     return mx.mean(x, axis, keepdims=keepdims)
+
+
+def gelu(x: Array) -> Array:
+    return 0.5 * x * (1 + mx.erf(x * math.sqrt(0.5)))
 
 
 def all(x: Array) -> Array:

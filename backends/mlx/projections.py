@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from kvc.backends.fit import FUSED
+from kvc.backends.fit import FUSED, OUTPUTS
 from kvc.backends.mlx.entry import library_entries
 
 
@@ -58,6 +58,19 @@ def free_projections(model: Any, layers: Collection[int]) -> str | None:
 def freed_layers(model: Any) -> frozenset[int]:
     """The layers whose projections are freed."""
     return frozenset(vars(model).get("_kvc_freed", ()))
+
+
+def output_projection(model: Any, layer: int, n_in: int) -> Any:
+    """The matrix [n_in, width] that a layer's attention output is multiplied by.
+
+    Whatever its weights are stored as: it is what the projection makes of the identity. None where
+    no projection by a known name is found. `n_in` is n_heads * head_dim.
+    """
+    for _, module in model.layers[layer].named_modules():
+        linear = next((module[name] for name in OUTPUTS if name in module), None)
+        if linear is not None and "q_proj" in module:
+            return (linear(mx.eye(n_in)) - linear(mx.zeros((1, n_in)))).astype(mx.float32)
+    return None
 
 
 def _attention_of(block: Any) -> Any:

@@ -129,8 +129,8 @@ def mean(x: Array, axis: int, keepdims: bool = False) -> Array:
     return np.mean(x, axis, keepdims=keepdims)
 
 
-def erf(x: Array) -> Array:
-    return _erf(x).astype(x.dtype)
+def gelu(x: Array) -> Array:
+    return (0.5 * x * (1 + _erf(x * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def all(x: Array) -> Any:

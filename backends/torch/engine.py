@@ -26,6 +26,7 @@ from kvc.backends.text import Text
 from kvc.backends.torch.attention import decoder_of
 from kvc.backends.torch.cache import make_cache, shape_of
 from kvc.backends.torch.entry import KVCCache
+from kvc.backends.torch.projections import output_projection
 from kvc.errors import BackendError, ConfigError
 from kvc.methods import Method
 from kvc.store.store import KVStore
@@ -149,6 +150,13 @@ class Engine:
             )
         inputs = torch.as_tensor(ids, device=self.model.device, dtype=torch.long)
         return inner(inputs, past_key_values=cache, use_cache=True).last_hidden_state
+
+    def output_projection(self, layer: int) -> torch.Tensor | None:
+        """The matrix [n_heads * head_dim, width] behind a layer's attention, by the model's number.
+
+        None where the model calls it by no name that is known.
+        """
+        return output_projection(self.model, layer, self.shape.n_heads * self.shape.head_dim)
 
     def peak_memory(self) -> int:
         """The most bytes held so far: on the device, or by the process where there is none."""

@@ -16,7 +16,8 @@ word = torch.int32  # torch cannot shift uint32; the sign bit is masked away aft
 abs, exp, log, sqrt, sin, cos, tanh = (
     torch.abs, torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.tanh,
 )  # fmt: skip
-arctan2, isfinite, erf, round = torch.arctan2, torch.isfinite, torch.erf, torch.round
+arctan2, isfinite, round = torch.arctan2, torch.isfinite, torch.round
+gelu = torch.nn.functional.gelu  # by erf
 
 
 def dtype(name: str) -> Any:

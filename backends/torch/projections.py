@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvc.backends.fit import FUSED, check_weights
+from kvc.backends.fit import FUSED, OUTPUTS, check_weights
 from kvc.backends.torch.attention import decoder_of
 
 
@@ -75,6 +75,23 @@ def free_projections(model: PreTrainedModel, layers: Collection[int]) -> str | N
 def freed_layers(model: PreTrainedModel) -> frozenset[int]:
     """The layers whose projections are freed."""
     return frozenset(gate.layer for gate in gates(model) if gate.freed)
+
+
+@torch.no_grad()
+def output_projection(model: PreTrainedModel, layer: int, n_in: int) -> torch.Tensor | None:
+    """The matrix [n_in, width] that a layer's attention output is multiplied by.
+
+    Whatever its weights are stored as: it is what the projection makes of the identity. None where
+    no projection by a known name is found. `n_in` is n_heads * head_dim.
+    """
+    for module in decoder_of(model).modules():
+        if getattr(module, "layer_idx", None) != layer or not hasattr(module, "q_proj"):
+            continue
+        for name in OUTPUTS:
+            if (linear := getattr(module, name, None)) is not None:
+                eye = torch.eye(n_in, device=model.device, dtype=model.dtype)
+                return (linear(eye) - linear(eye[:1] * 0)).float()
+    return None
 
 
 def gates(model: PreTrainedModel) -> list[Gate]:

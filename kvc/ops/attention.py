@@ -72,9 +72,9 @@ def attend_dense(
                 )
             )  # fmt: skip
         return Partial(*(xp.concat([part[i] for part in parts], 2) for i in (0, 1)))
-    scores = _scores(q, k, scale, softcap, valid)
+    scores = scores_of(q, k, scale, softcap, valid)
     if causal and L > 1:
-        scores = xp.where(_causal(L, T, q), scores, -np.inf)
+        scores = xp.where(causal_mask(L, T, q), scores, -np.inf)
     top = xp.maximum(xp.max(scores, -1, keepdims=True), -1e30)  # finite where nothing is seen
     p = xp.exp(scores - top)
     total = xp.sum(p, -1, keepdims=True)
@@ -127,8 +127,8 @@ def attention_mass(
     total = xp.zeros((B, H, T), xp.promote(q).dtype, q)
     for start in range(0, L, step):
         stop = min(start + step, L)
-        scores = _scores(q[:, :, start:stop], k, scale, softcap, valid)
-        scores = xp.where(_causal(L, T, q)[start:stop], scores, -np.inf)
+        scores = scores_of(q[:, :, start:stop], k, scale, softcap, valid)
+        scores = xp.where(causal_mask(L, T, q)[start:stop], scores, -np.inf)
         top = xp.maximum(xp.max(scores, -1, keepdims=True), -1e30)
         if sinks is not None:
             logits = xp.astype(sinks, scores.dtype).reshape(1, H, Hq // H, 1, 1)
@@ -163,7 +163,7 @@ def log_probs(
     xp = ops_of(q)
     B, Hq, _, _ = q.shape
     H, T = k.shape[1], k.shape[2]
-    scores = _scores(q, k, scale, softcap, valid)
+    scores = scores_of(q, k, scale, softcap, valid)
     if sinks is not None:
         logits = xp.astype(sinks, scores.dtype).reshape(1, H, Hq // H, 1, 1)
         every = xp.concat([scores, scores[..., :1] * 0 + logits], -1)
@@ -181,7 +181,9 @@ def _log_sum_exp(x: Array, axis: int) -> Array:
     return xp.where(total > 0, top + xp.log(xp.where(total > 0, total, 1.0)), -np.inf)
 
 
-def _scores(q: Array, k: Array, scale: float, softcap: float | None, valid: Array | None) -> Array:
+def scores_of(
+    q: Array, k: Array, scale: float, softcap: float | None = None, valid: Array | None = None
+) -> Array:
     """Scale q K^T, soft-capped, -inf at keys that are not valid.
 
     Shapes: returns [B, H, Hq / H, L, T].
@@ -196,7 +198,7 @@ def _scores(q: Array, k: Array, scale: float, softcap: float | None, valid: Arra
     return scores if valid is None else xp.where(valid[:, :, None, None, :], scores, -np.inf)
 
 
-def _causal(L: int, T: int, like: Array) -> Array:
+def causal_mask(L: int, T: int, like: Array) -> Array:
     """Which of T tokens each of the newest L sees. Shapes: returns bool [L, T]."""
     xp = ops_of(like)
     return xp.arange(T, like) <= xp.arange(L, like).reshape(L, 1) + (T - L)

@@ -28,31 +28,31 @@ class Kernels(NamedTuple):
     s2: Array  # [H, R]
 
 
-def phi(q: Array, kernels: Kernels) -> Array:
+def phi(q: Array, kernels: Kernels, drop: Array | None = None) -> Array:
     """Query features |GELU(GELU(q A1) A2)|; q after RoPE, without 1 / sqrt(D).
 
-    Shapes: q [B, Hq, L, D]; returns [B, Hq, L, R].
+    `drop` are dropout's factors of the hidden features before their GELU, in training.
+
+    Shapes: q [B, Hq, L, D]; drop [B, Hq, 1, M]; returns [B, Hq, L, R].
     """
     xp = ops_of(q)
     q = xp.promote(q)
     a1, a2 = (xp.astype(a, q.dtype) for a in kernels[:2])
-    return xp.abs(_gelu(_gelu(q @ a1) @ a2))
+    hidden = q @ a1 if drop is None else q @ a1 * drop
+    return xp.abs(xp.gelu(xp.gelu(hidden) @ a2))
 
 
-def psi(k: Array, kernels: Kernels) -> Array:
-    """Key features |u + (u B3) s2|, u = |s1| GELU(GELU(k B1) B2).
+def psi(k: Array, kernels: Kernels, drop: Array | None = None) -> Array:
+    """Key features |u + (u B3) s2|, u = |s1| GELU(GELU(k B1) B2); `drop` as in `phi`.
 
-    Shapes: k [B, H, T, D]; returns [B, H, T, R].
+    Shapes: k [B, H, T, D]; drop [B, H, 1, M]; returns [B, H, T, R].
     """
     xp = ops_of(k)
     k = xp.promote(k)
     b1, b2, b3, s1, s2 = (xp.astype(b, k.dtype) for b in kernels[2:])
-    u = xp.abs(s1)[:, None, :] * _gelu(_gelu(k @ b1) @ b2)
+    hidden = k @ b1 if drop is None else k @ b1 * drop
+    u = xp.abs(s1)[:, None, :] * xp.gelu(xp.gelu(hidden) @ b2)
     return xp.abs(u + (u @ b3) * s2[:, None, :])
-
-
-def _gelu(x: Array) -> Array:
-    return 0.5 * x * (1 + ops_of(x).erf(x * math.sqrt(0.5)))
 
 
 @op

@@ -54,7 +54,11 @@ class Kept:
         """
 
         def chosen(kept: Array, leaving: Array) -> Array:
-            return pick(kept, leaving, source)
+            if leaving.shape[2] > 1:
+                return pick(kept, leaving, source)
+            # In decoding one token leaves, and it takes one slot or none: no gather is needed.
+            taken = source.reshape(*source.shape, *[1] * (kept.ndim - 3)) == self.n
+            return ops_of(kept).where(taken, leaving, kept)
 
         stored = self._stored(k, v)
         if self.codec is None:

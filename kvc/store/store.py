@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 from kvc.backends.base import Array, ops_of
@@ -51,6 +51,8 @@ class KVStore:
         numbers = method.numbers or range(n_layers)
         self._files = method.memory.maps(numbers) if method.memory else {}
         self._maps: dict[int, Kernels] = {}  # the same in the library of the tokens
+        # told of every layer's queries as they come, for what is learned from them
+        self.listener: Callable[[Query], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -143,8 +145,8 @@ class KVStore:
         sinks: Array | None = None,
     ) -> None:
         """Takes note of queries that the library attended for itself; eviction asks for them."""
-        owner = self._owners[layer]
-        self._slot_of[owner].observe(Query(q, scale, softcap, sinks, layer))
+        query = self._heard(Query(q, scale, softcap, sinks, layer))
+        self._slot_of[self._owners[layer]].observe(query)
 
     def attend(
         self,
@@ -159,8 +161,13 @@ class KVStore:
         `sinks` [n_heads] are logits that take part in the softmax and carry no value.
         """
         owner = self._owners[layer]
-        out = self._slot_of[owner].attend(owner, Query(q, scale, softcap, sinks, layer))
-        return ops_of(q).astype(out, q.dtype)
+        query = self._heard(Query(q, scale, softcap, sinks, layer))
+        return ops_of(q).astype(self._slot_of[owner].attend(owner, query), q.dtype)
+
+    def _heard(self, query: Query) -> Query:
+        if self.listener:
+            self.listener(query)
+        return query
 
     def read(self, layer: int) -> tuple[Array, Array]:
         """K and V [B, n_kv_heads, T, D] as attention sees them; padding reads as zeros.
