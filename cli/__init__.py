@@ -8,6 +8,8 @@ import click
 
 from kvc.cli.generate import generate
 from kvc.cli.info import info
+from kvc.cli.push import push
+from kvc.cli.search import search
 from kvc.errors import KVCError
 
 
@@ -41,3 +43,5 @@ def main() -> None:
 
 main.add_command(generate)
 main.add_command(info)
+main.add_command(push)
+main.add_command(search)
