@@ -10,6 +10,7 @@ from kvc.cli.generate import generate
 from kvc.cli.info import info
 from kvc.cli.push import push
 from kvc.cli.search import search
+from kvc.cli.train import train
 from kvc.errors import KVCError
 
 
@@ -45,3 +46,4 @@ main.add_command(generate)
 main.add_command(info)
 main.add_command(push)
 main.add_command(search)
+main.add_command(train)

@@ -1,0 +1,63 @@
+"""How a training looks: its bars while it runs, its errors when it ends."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from kvc.calibrate.layer import Epoch
+
+
+class Bars:
+    """Two bars: of the rows whose activations are captured, and of the epochs of all layers."""
+
+    def __init__(self, n_layers: int, n_epochs: int, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        # disable=None: no bar where stderr is no terminal
+        self._bar = partial(tqdm, leave=False, disable=quiet or None)
+        self._total = n_layers * n_epochs
+        self._rows: Any = None
+        self._epochs: Any = None
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in (self._rows, self._epochs):
+            if bar is not None:
+                bar.close()
+
+    def captured(self, row: int, n_rows: int) -> None:
+        """Moves the bar of rows."""
+        if row == 1:
+            self._rows = self._bar(total=n_rows, desc="activations", unit="row")
+        self._rows.update(1)
+        if row == n_rows:
+            self._rows.close()
+
+    def trained(self, layer: int, epoch: Epoch) -> None:
+        """Moves the bar of epochs, with the errors so far relative to the bare policy's."""
+        if self._epochs is None:
+            self._epochs = self._bar(total=self._total, desc="training", unit="epoch")
+        bare, plus, now = epoch.errors
+        self._epochs.set_postfix_str(
+            f"layer {layer}, error {now / bare:.3f} of the policy's, Baseline+ {plus / bare:.3f}",
+            refresh=False,
+        )
+        self._epochs.update(1 if epoch.number else 0)
+
+
+def show_errors(errors: dict[str, dict[str, float]]) -> None:
+    """The errors of every layer, relative to the bare policy's."""
+    click.echo(f"{'layer':<7}{'policy':>10}{'Baseline+':>11}{'LESS':>8}{'epoch':>7}", err=True)
+    for layer, found in errors.items():
+        bare = found["bare"]
+        click.echo(
+            f"{layer:<7}{bare:>10.3g}{found['plus'] / bare:>11.3f}{found['less'] / bare:>8.3f}"
+            f"{found['epoch']:>7}",
+            err=True,
+        )
