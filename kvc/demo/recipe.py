@@ -36,6 +36,9 @@ WEIGHTS = {Kind.HIDDEN: 0.0, Kind.TEXT: 1.0, Kind.FRAME: 0.1, Kind.FIRST: 5.0, K
 WARMUP = 40  # steps
 DECAY_FROM = 0.5  # share of the run after which the learning rate falls linearly
 LR_END = 0.02  # of the learning rate at its height
+# Nothing else bounds the logits of attention: without it they grew to a standard deviation of 10 to
+# 90 for one query, where models of this kind that people use have 1 to 10.
+NORM_WEIGHT = 0.1  # of what a head's queries and keys exceed their norm by
 
 
 def new_model(
@@ -84,18 +87,27 @@ def train_step(
     batch: tuple[Tokens, Tokens],
     factor: float,
     bf16: bool,
+    max_norm: float,
 ) -> dict[str, float]:
-    """One step of both optimizers; returns the loss on text and the shares of right digits."""
+    """One step of both optimizers; returns the loss on text and the shares of right digits.
+
+    `max_norm` is what the norm of a head's query or key should not exceed; 0 sets no limit.
+    """
     device = model.device
     x, kinds = (torch.from_numpy(a).long().to(device) for a in batch)
     weights = torch.tensor([WEIGHTS[k] for k in Kind], device=device)[kinds[:, 1:]]
+    excess: list[torch.Tensor] = []
+    hooks = _watch_norms(model, max_norm, excess) if max_norm else []
     with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
         logits = model(input_ids=x[:, :-1]).logits
+    for hook in hooks:
+        hook.remove()
     loss = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), x[:, 1:].flatten(), reduction="none"
     ).view_as(weights)
     model.zero_grad()
-    torch.autograd.backward((loss * weights).sum() / weights.sum())
+    total = (loss * weights).sum() / weights.sum()
+    torch.autograd.backward(total + NORM_WEIGHT * sum(excess))
     for name, optimizer in optimizers.items():
         for group in optimizer.param_groups:
             if name == "adamw":  # Muon's updates have one size whatever the gradient's
@@ -108,4 +120,23 @@ def train_step(
         "text": loss.detach()[text].mean().item(),
         "first": right[first].mean().item(),
         "next": right[following].mean().item(),
+        "excess": float(sum(x.item() for x in excess)),
     }
+
+
+def _watch_norms(
+    model: LlamaForCausalLM, max_norm: float, excess: list[torch.Tensor]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Collects by how much squared norms exceed the limit's, relative to it: means by projection.
+
+    RoPE turns queries and keys and leaves their norms.
+    """
+    head_dim = model.config.head_dim
+
+    def collect(_: object, __: object, x: torch.Tensor) -> None:
+        square = x.float().unflatten(-1, (-1, head_dim)).square().sum(-1)
+        excess.append(torch.relu(square / max_norm**2 - 1).mean())
+
+    layers = (layer.self_attn for layer in model.model.layers)
+    projections = [p for a in layers for p in (a.q_proj, a.k_proj)]
+    return [p.register_forward_hook(collect) for p in projections]

@@ -54,6 +54,8 @@ class Run(NamedTuple):
     out: Path
     settings: dict[str, Any]
     bf16: bool
+    start: float  # share of the curriculum at which the run begins
+    max_norm: float
 
     def save(self, progress: Progress) -> None:
         """Writes the checkpoint."""
@@ -65,7 +67,7 @@ class Run(NamedTuple):
 def mean_of(rows: Collection[dict[str, float]]) -> dict[str, float]:
     """The mean of each measure over the rows that have it: a batch may hold no fact, or no text."""
     out = {}
-    for key in ("text", "first", "next"):
+    for key in ("text", "first", "next", "excess"):
         known = [row[key] for row in rows if not math.isnan(row[key])]
         out[key] = sum(known) / len(known) if known else math.nan
     return out
@@ -95,11 +97,11 @@ def train(
     try:
         while (spent := progress.step if steps else progress.seconds) < budget:
             start, done = time.monotonic(), spent / budget
-            stage = next(s for s in CURRICULUM if done < s.until)
+            stage = next(s for s in CURRICULUM if run.start + (1 - run.start) * done < s.until)
             B = max(1, batch_tokens // stage.context)
             batch = run.sampler.batch(B, stage.context, stage.text, stage.max_gap)
             factor = lr_factor(progress.step, done)
-            losses = train_step(run.model, run.optimizers, batch, factor, run.bf16)
+            losses = train_step(run.model, run.optimizers, batch, factor, run.bf16, run.max_norm)
             progress.step += 1
             progress.tokens += B * stage.context
             progress.seconds += time.monotonic() - start
@@ -167,6 +169,20 @@ def split_held_out(books: Path, held_out: tuple[str, ...]) -> tuple[list[Path], 
 @click.option("--batch-tokens", default=4096, show_default=True, help="Tokens per step.")
 @click.option("--save-every", default=100, show_default=True, help="Steps per checkpoint.")
 @click.option("--contexts", default=96, show_default=True, help="Contexts to measure recall in.")
+@click.option(
+    "--start",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of the curriculum to leave out, for a model that has learnt it.",
+)
+@click.option(
+    "--max-norm",
+    type=click.FloatRange(0),
+    default=12.0,
+    show_default=True,
+    help="Of a head's queries and keys, which bounds the logits of attention; 0: no limit.",
+)
 @click.option("--layers", default=8, show_default=True)
 @click.option("--hidden", default=256, show_default=True)
 @click.option("--mlp", default=704, show_default=True)
@@ -186,6 +202,8 @@ def main(
     batch_tokens: int,
     save_every: int,
     contexts: int,
+    start: float,
+    max_norm: float,
     layers: int,
     hidden: int,
     mlp: int,
@@ -216,11 +234,13 @@ def main(
             "seed": seed,
             "lr": lr,
             "batch_tokens": batch_tokens,
+            "start": start,
+            "max_norm": max_norm,
         }
         out.mkdir(parents=True, exist_ok=True)
         progress = load_checkpoint(out, model, optimizers, rng, settings)
         sampler = Sampler(tokenizer, texts, rng)
-        run = Run(model, optimizers, sampler, out, settings, bf16)
+        run = Run(model, optimizers, sampler, out, settings, bf16, start, max_norm)
         if not train(run, progress, steps, minutes, batch_tokens, save_every):
             click.echo(f"stopped at step {progress.step}; the same command goes on from there")
             return
