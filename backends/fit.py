@@ -12,8 +12,9 @@ from kvc.store.store import KVStore
 
 # Why weights that nobody reads cannot be freed.
 FUSED = "q, k and v are one matrix in this model: the projections still run"
-# What the authors of models call the projection behind attention.
-OUTPUTS = ("o_proj", "out_proj", "dense", "wo")
+# What the authors of models call the projections before attention, and the one behind it.
+INPUTS = ("q_proj", "qkv_proj", "query_key_value", "c_attn")
+OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 
 
 # What layers keep that are not ours, by their kind.

@@ -1,10 +1,16 @@
 """At its lossless limit each method gives the bare library's tokens, on many families of models."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from kvc.backends.base import ops_of
+from kvc.calibrate.capture import layers_of
+from kvc.methods import parse
+from kvc.store.unit import Query
 from tests.conftest import need
 from tests.families import LIBRARIES, LIMITS, Library, Limit, Outcome, library, outcome
 
@@ -25,6 +31,7 @@ REASONS = {
         "mamba": "cannot take one token after others",
     },
 }
+ON = {"mlx": (), "torch": ("cpu",)}
 STREAMED = {"mlx": ("llama", "gemma2", "gpt_oss"), "torch": ("llama", "gemma2", "gptj")}
 
 
@@ -70,6 +77,27 @@ def test_families_that_take_handles(name: str, family: str | None, tmp_path: Pat
     of = installed(name, family)
     assert family
     check(outcomes(of, family, tmp_path), "handle", family)
+
+
+@pytest.mark.parametrize(("name", "family"), cases("HANDLE"))
+def test_training_hears_every_layer(name: str, family: str | None) -> None:
+    of: Any = installed(name, family)
+    engine = import_module(f"kvc.backends.{name}.engine").Engine(of.model(family), None, *ON[name])
+    cache = engine.make_cache(parse("none"))
+    heard: list[Query] = []
+    engine.store(cache).listener = heard.append
+    hidden = engine.hidden(np.arange(1, 9)[None], cache)
+    assert bool(ops_of(hidden).all(ops_of(hidden).isfinite(hidden)))
+    assert hidden.shape[:2] == (1, 8)
+    layers = layers_of(engine.shape)
+    # a model whose layers share caches by its own design asks some of them again
+    assert [*dict.fromkeys(query.reader for query in heard)] == list(range(len(layers)))
+    for query in heard:
+        _, n_heads, length, head_dim = query.q.shape
+        assert length == 8
+        behind = engine.output_projection(layers[query.reader])
+        assert behind is not None
+        assert behind.shape[0] == n_heads * head_dim
 
 
 @pytest.mark.parametrize(("name", "family"), cases("DENSE"))

@@ -85,8 +85,9 @@ def test_both_backends_learn_the_same(folder: Path) -> None:
         assert found["less"] == pytest.approx(other["less"], rel=0.02)
 
 
-def test_kernels_of_one_backend_serve_the_other(folder: Path) -> None:
-    assert train(folder, "--layers", "0:8").exit_code == 0
+@both
+def test_kernels_of_one_backend_serve_the_other(backend: str, folder: Path) -> None:
+    assert train(folder, "--backend", backend, "--layers", "0:8").exit_code == 0
     settings = (f"less.kernels={folder / 'less.safetensors'}", "less.heavy=6", "less.recent=6")
     given = [word for setting in settings for word in ("--set", setting)]
     method = ("--method", "less", "--max-tokens", "24")

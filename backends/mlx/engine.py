@@ -125,7 +125,8 @@ class Engine:
         Raises:
             ConfigError: If the model has no inner one that gives it.
         """
-        inner = getattr(getattr(self.model, "language_model", self.model), "model", None)
+        text = getattr(self.model, "language_model", self.model)
+        inner = getattr(text, "model", getattr(text, "transformer", None))
         if inner is None:
             raise ConfigError(
                 f"{name_of(self.model)}: the model has no decoder apart from its head"

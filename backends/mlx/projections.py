@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from kvc.backends.fit import FUSED, OUTPUTS
+from kvc.backends.fit import FUSED, INPUTS, OUTPUTS
 from kvc.backends.mlx.entry import library_entries
 
 
@@ -68,7 +68,7 @@ def output_projection(model: Any, layer: int, n_in: int) -> Any:
     """
     for _, module in model.layers[layer].named_modules():
         linear = next((module[name] for name in OUTPUTS if name in module), None)
-        if linear is not None and "q_proj" in module:
+        if linear is not None and any(name in module for name in INPUTS):
             return (linear(mx.eye(n_in)) - linear(mx.zeros((1, n_in)))).astype(mx.float32)
     return None
 

@@ -144,6 +144,7 @@ class Engine:
             ConfigError: If the model has no inner one that gives it.
         """
         inner = decoder_of(self.model)
+        inner = getattr(self.model, "model", inner) if inner is self.model else inner
         if inner is self.model:
             raise ConfigError(
                 f"kvc: {type(self.model).__name__} has no decoder apart from its head"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvc.backends.fit import FUSED, OUTPUTS, check_weights
+from kvc.backends.fit import FUSED, INPUTS, OUTPUTS, check_weights
 from kvc.backends.torch.attention import decoder_of
 
 
@@ -85,12 +85,11 @@ def output_projection(model: PreTrainedModel, layer: int, n_in: int) -> torch.Te
     no projection by a known name is found. `n_in` is n_heads * head_dim.
     """
     for module in decoder_of(model).modules():
-        if getattr(module, "layer_idx", None) != layer or not hasattr(module, "q_proj"):
-            continue
-        for name in OUTPUTS:
-            if (linear := getattr(module, name, None)) is not None:
-                eye = torch.eye(n_in, device=model.device, dtype=model.dtype)
-                return (linear(eye) - linear(eye[:1] * 0)).float()
+        linear: Any = next((getattr(module, x) for x in OUTPUTS if hasattr(module, x)), None)
+        projects = linear is not None and any(hasattr(module, name) for name in INPUTS)
+        if projects and getattr(module, "layer_idx", None) == layer:
+            eye = torch.eye(n_in, device=model.device, dtype=model.dtype)
+            return (linear(eye) - linear(eye[:1] * 0)).float()
     return None
 
 

@@ -103,11 +103,15 @@ def capture(
     for row, ids in enumerate(rows):
         cache = engine.make_cache(method)
         store = engine.store(cache)
+        left = set(needed)
 
-        def hear(query: Query, row: int = row, store: KVStore = store) -> None:
+        def hear(
+            query: Query, row: int = row, store: KVStore = store, left: set[int] = left
+        ) -> None:
             layer = numbers[query.reader]
-            if layer not in needed:
+            if layer not in left:  # a model that shares caches by its own design asks them again
                 return
+            left.remove(layer)
             queries[layer] = query
             write(f"q-{layer}", row, query.q)
             dense = store.dense(query.reader)

@@ -83,10 +83,11 @@ def train(engine: Engine, plan: Plan, out: Path, progress: Progress) -> None:
     and ends with the same kernels.
 
     Raises:
-        ConfigError: If the folder is of another plan, a layer's owner is not in the plan, or there
-            is no room on disk.
+        ConfigError: If the model's attention cannot be reached, the folder is of another plan, a
+            layer's owner is not in the plan, or there is no room on disk.
         KVCError: If the model's activations do not fit half precision.
     """
+    engine.make_cache(method_of(plan.less))  # a model that could not use the kernels is refused
     method = method_of(plan.sharing) if plan.sharing else Method()
     owners = _owners(engine, method)
     config = {**plan.config, "map": owners if plan.sharing else None}
