@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -35,11 +36,15 @@ def show_artifact(name: str, as_json: bool) -> None:
     }
     for key, text in rows.items():
         click.echo(f"{key:<12}{text}")
-    if found["config"]:
+    config = dict(found["config"])
+    tables = [lines_of(config.pop(key, ())) for key, lines_of in TABLES.items()]
+    if config:
         click.echo("\nmade with")
-    wide = max(map(len, found["config"]), default=0) + 2
-    for key, x in found["config"].items():
+    wide = max(map(len, config), default=0) + 2
+    for key, x in config.items():
         click.echo(f"  {key:<{wide}}{x if isinstance(x, str) else json.dumps(x)}")
+    for lines in filter(None, tables):
+        click.echo("\n" + "\n".join(lines))
 
 
 def _kernels(found: dict[str, Any]) -> dict[str, str]:
@@ -76,3 +81,30 @@ def _pairs(shared: dict[int, int]) -> str:
 
 def _numbers(values: list[int]) -> str:
     return ", ".join(map(str, values))
+
+
+def error_lines(errors: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What training left of every layer's error, relative to the bare policy's."""
+    if not errors:
+        return []
+    lines = [f"{'layer':<7}{'policy':>10}{'Baseline+':>11}{'LESS':>8}{'epoch':>7}"]
+    for layer, found in errors.items():
+        plus, less = (found[key] / found["bare"] for key in ("plus", "less"))
+        lines.append(
+            f"{layer:<7}{found['bare']:>10.3g}{plus:>11.3f}{less:>8.3f}{found['epoch']:>7}"
+        )
+    return lines
+
+
+def _pair_lines(pairs: Sequence[Mapping[str, float]]) -> list[str]:
+    """The pairs of a search in the order in which they were accepted."""
+    if not pairs:
+        return []
+    lines = [f"{'layer':<7}{'reads':>6}{'distance':>10}{'similarity':>12}"]
+    for pair in pairs:
+        numbers = f"{pair['distance']:>10.4g}{pair['similarity']:>12.4f}"
+        lines.append(f"{pair['layer']:<7}{pair['owner']:>6}{numbers}")
+    return lines
+
+
+TABLES: dict[str, Callable[[Any], list[str]]] = {"errors": error_lines, "accepted": _pair_lines}

@@ -1,11 +1,9 @@
-"""How a training looks: its bars while it runs, its errors when it ends."""
+"""The bars of a training."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import click
 
 if TYPE_CHECKING:
     from kvc.calibrate.layer import Epoch
@@ -49,15 +47,3 @@ class Bars:
             refresh=False,
         )
         self._epochs.update(1 if epoch.number else 0)
-
-
-def show_errors(errors: dict[str, dict[str, float]]) -> None:
-    """The errors of every layer, relative to the bare policy's."""
-    click.echo(f"{'layer':<7}{'policy':>10}{'Baseline+':>11}{'LESS':>8}{'epoch':>7}", err=True)
-    for layer, found in errors.items():
-        bare = found["bare"]
-        click.echo(
-            f"{layer:<7}{bare:>10.3g}{found['plus'] / bare:>11.3f}{found['less'] / bare:>8.3f}"
-            f"{found['epoch']:>7}",
-            err=True,
-        )

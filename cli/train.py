@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvc.cli.artifact import error_lines
 from kvc.cli.options import backend_option, check_target, dtype_option, model_option, read_share
-from kvc.cli.progress import Bars, show_errors
+from kvc.cli.progress import Bars
 from kvc.cli.run import load
 from kvc.errors import ConfigError
 
@@ -146,8 +147,8 @@ def less(
                 click.echo(f"kvc: interrupted; the same command goes on from {out}.work", err=True)
                 click.get_current_context().exit(130)
     if not quiet:
-        show_errors(read_kernels(out).config["errors"])
-        click.echo(f"written to {out}", err=True)
+        lines = error_lines(read_kernels(out).config["errors"])
+        click.echo("\n".join([*lines, f"written to {out}"]), err=True)
 
 
 @train.command()
