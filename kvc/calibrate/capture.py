@@ -36,25 +36,24 @@ def layers_of(shape: ModelShape, start: int = 0, stop: int | None = None) -> tup
     return tuple(i for i in full if i in range(shape.n_layers)[start:stop])
 
 
-def per_layer(shape: ModelShape, n: int, length: int) -> int:
-    """Bytes on disk of one layer in `n` rows, captured and prepared for training, about."""
-    heads = 4 * shape.n_heads + 4 * shape.n_kv_heads
-    return n * length * (heads * shape.head_dim * 2 + 4 * shape.n_heads)
+def fitting(folder: Path, n_layers: int, shape: ModelShape, n_tokens: int) -> int:
+    """How many of `n_layers` layers can be on disk at a time.
 
-
-def fitting(folder: Path, layers: Sequence[int], nbytes: int) -> int:
-    """How many layers can be captured at a time, at `nbytes` each.
+    Each takes its queries, keys and values in half precision; besides, the one that learns takes
+    two answers to every query.
 
     Raises:
         ConfigError: If there is no room for one.
     """
+    captured = 2 * n_tokens * (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
+    answers = 4 * n_tokens * shape.n_heads * shape.head_dim
     free = int(USABLE * shutil.disk_usage(folder).free)
-    if free < nbytes:
+    if free < captured + answers:
         raise ConfigError(
-            f"{folder}: expected {nbytes / 2**30:.1f} GiB for the activations of one layer, got "
-            f"{free / 2**30:.1f} GiB (half of what is free); take fewer --sequences"
+            f"{folder}: expected {(captured + answers) / 2**30:.1f} GiB for the activations of one "
+            f"layer, got {free / 2**30:.1f} GiB (half of what is free); take fewer --sequences"
         )
-    return min(len(layers), free // nbytes)
+    return min(n_layers, (free - answers) // captured)
 
 
 def capture(

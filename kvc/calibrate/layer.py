@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +62,6 @@ def train_layer(
     start: Kernels,
     bare: float,
     plus: float,
-    n_queries: int,
     n_val: int,
     recipe: Recipe,
     layer: int,
@@ -76,7 +75,6 @@ def train_layer(
         start: From `begin`; of a layer that shares a cache, with its owner's maps of keys.
         bare: The policy's error in the rows held out.
         plus: That of Baseline+.
-        n_queries: How many queries of a row are no padding.
         n_val: How many rows at the end are held out.
         recipe: How it learns.
         layer: The model's number, which seeds the order of the rows and dropout.
@@ -85,7 +83,7 @@ def train_layer(
     """
     xp, rng = ops_of(project), np.random.default_rng([recipe.seed, layer, 1])
     fixed = [xp.from_numpy(x, project) for x in start[QUERY_MAPS:]] if shares else []
-    per_row = n_queries * project.shape[1]
+    per_row = data.order.shape[2] * project.shape[1]
 
     def loss(params: list[Array], *batch: Array) -> Array:
         q, k, v, out, lse, exact = batch[:6]
@@ -96,11 +94,11 @@ def train_layer(
 
     learn = import_module(f"kvc.backends.{library_of(project)}.learn")
     learner = learn.Learner(start[:QUERY_MAPS] if shares else start, loss, project)
-    n_train = len(data.q) - n_val
-    held_out = range(n_train, len(data.q))
+    n_train = len(data.order) - n_val
+    held_out = range(n_train, len(data.order))
 
     def now() -> float:
-        return float(np.mean([learner.loss(*_rows(data, [row])) for row in held_out]))
+        return float(np.mean([learner.loss(*data.batch([row])) for row in held_out]))
 
     best = Epoch(0, Errors(bare, plus, now()), start)
     yield best
@@ -109,15 +107,11 @@ def train_layer(
         order = rng.permutation(n_train)
         for i in range(0, n_train, recipe.batch):
             some = sorted(order[i : i + recipe.batch])
-            learner.step(rate, *_rows(data, some), *_dropout(rng, start, len(some), recipe.dropout))
+            learner.step(rate, *data.batch(some), *_dropout(rng, start, len(some), recipe.dropout))
         if (error := now()) < best.errors.less:
             kernels = Kernels(*learner.params, *(start[QUERY_MAPS:] if shares else ()))
             best = Epoch(epoch + 1, Errors(bare, plus, error), kernels)
         yield best._replace(number=epoch + 1)
-
-
-def _rows(data: Data, rows: list[int]) -> list[NDArray[Any]]:
-    return [x[rows] for x in data]
 
 
 def _dropout(

@@ -13,9 +13,10 @@ the output projection, but its target is recomputed from queries and keys in flo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -48,17 +49,28 @@ class Recipe:
 
 
 class Data(NamedTuple):
-    """One layer's queries after the first eviction, and what they are answered. P >= N = T - 1 - c.
+    """One layer's rows under a policy: N = T - 1 - c queries after the first eviction."""
 
-    Behind N there are zeros, whose features are zero and whose error is none.
-    """
+    captured: Captured
+    order: NDArray[np.int32]  # [n, H, N], tokens as they go
+    out: Halves  # [n, Hq, N, D], what the kept tokens answer
+    lse: NDArray[np.float32]  # [n, Hq, N]
+    exact: Halves  # [n, Hq, N, D], what all tokens answer
 
-    q: Halves  # [n, Hq, P, D]
-    k: Halves  # [n, H, P, D], in the order of eviction
-    v: Halves
-    out: Halves  # [n, Hq, P, D], of the kept tokens
-    lse: NDArray[np.float32]  # [n, Hq, P]
-    exact: Halves  # [n, Hq, P, D], of all tokens
+    def batch(self, rows: Sequence[int]) -> list[NDArray[Any]]:
+        """Queries, keys and values by eviction, answers: what `error_of` takes of some rows.
+
+        Behind N there are zeros up to a multiple of CHUNK, whose features and errors are zero.
+        """
+        some, N = list(rows), self.order.shape[2]
+        order = self.order[some][..., None]
+        q = self.captured.q[some, :, -N:]
+        k, v = (np.take_along_axis(x[some], order, 2) for x in self.captured[1:3])
+        end = -N % CHUNK
+        return [
+            np.pad(x, [(0, 0), (0, 0), (0, end), *[(0, 0)] * (x.ndim - 3)])
+            for x in (q, k, v, self.out[some], self.lse[some], self.exact[some])
+        ]
 
 
 def prepare(
@@ -70,37 +82,28 @@ def prepare(
         captured: The layer.
         owner: The layer whose queries decide what goes: itself, unless it shares a cache.
         less: The policy, its budgets in tokens.
-        folder: Where the files go.
+        folder: Where the answers go.
         like: An array on the device that computes.
 
     Returns:
         The layer's data, and the log of the evicted tokens' mass [n, Hq, N].
     """
     n, Hq, T, D = captured.q.shape
-    c, H = int(less.heavy + less.recent), captured.k.shape[1]
+    c = int(less.heavy + less.recent)
     N = T - 1 - c
-    heads = {"q": Hq, "k": H, "v": H, "out": Hq, "exact": Hq}
-    files = {
-        name: open_memmap(folder / f"{name}.npy", "w+", np.float16, (n, h, _padded(N), D))
-        for name, h in heads.items()
-    }
-    lse, mass = np.zeros((n, Hq, _padded(N)), np.float32), np.zeros((n, Hq, N))
+    out, exact = (
+        open_memmap(folder / f"{name}.npy", "w+", np.float16, (n, Hq, N, D))
+        for name in ("out", "exact")
+    )
+    lse, mass = np.zeros((n, Hq, N), np.float32), np.zeros((n, Hq, N))
+    order = np.zeros((n, captured.k.shape[1], N), np.int32)
     for start in range(0, n, ROWS):
         rows = slice(start, start + ROWS)
         run = run_of(captured, owner, less, rows, like)
-        exact, log_total = exact_of(captured, rows, c, like)
-        order = run.order[..., None]
-        files["q"][rows, :, :N] = captured.q[rows, :, c + 1 :]
-        files["k"][rows, :, :N] = np.take_along_axis(captured.k[rows], order, 2)
-        files["v"][rows, :, :N] = np.take_along_axis(captured.v[rows], order, 2)
-        files["out"][rows, :, :N], files["exact"][rows, :, :N] = run.out, exact
-        lse[rows, :, :N] = run.lse
-        mass[rows] = log_total + np.log(-np.expm1(np.minimum(run.lse - log_total, -1e-6)))
-    return Data(**files, lse=lse), mass
-
-
-def _padded(n: int) -> int:
-    return -(-n // CHUNK) * CHUNK
+        order[rows], out[rows], lse[rows] = run
+        exact[rows], total = exact_of(captured, rows, c, like)
+        mass[rows] = total + np.log(-np.expm1(np.minimum(run.lse - total, -1e-6)))
+    return Data(captured, order, out, lse, exact), mass
 
 
 def run_of(captured: Captured, owner: Captured, less: Less, rows: slice, like: Array) -> Run:
@@ -131,7 +134,7 @@ def begin(
     data: Data, mass: NDArray[np.float64], recipe: Recipe, layer: int, like: Array
 ) -> Kernels:
     """The kernels that training begins with, as NumPy arrays; `mass` as `prepare` returns it."""
-    (_, Hq, _, D), H = data.q.shape, data.k.shape[1]
+    (_, Hq, _, D), H = data.captured.q.shape, data.captured.k.shape[1]
     M, R = recipe.hidden, recipe.rank
     rng = np.random.default_rng([recipe.seed, layer])
 
@@ -149,7 +152,7 @@ def begin(
         np.full((H, R), 1e-4, np.float32),
     )
     xp, N = ops_of(like), mass.shape[2]
-    q, k = (xp.from_numpy(x[:ROWS, :, :N], like) for x in (data.q, data.k))
+    q, k = (xp.from_numpy(x[:, :, :N], like) for x in data.batch(range(len(mass[:ROWS])))[:2])
     maps = Kernels(*(xp.from_numpy(x, like) for x in start))
     f, g = (xp.to_numpy(x).astype(np.float64) for x in (phi(q, maps), psi(k, maps)))
     rho = (f * np.repeat(g.cumsum(2), Hq // H, 1)).sum(-1)
@@ -173,7 +176,7 @@ def error_of(
 
     o = (out + e (phi H_n)) / (1 + e (phi z_n)), e = exp(-lse), H_n and z_n of the first n + 1.
 
-    Shapes: as in `Data`; project [Hq D, width]; drop [B, Hq, 1, M] and [B, H, 1, M].
+    Shapes: q, out, exact [B, Hq, P, D]; k, v [B, H, P, D]; lse [B, Hq, P]; project [Hq D, width]; drop [B, Hq, 1, M] and [B, H, 1, M].
     """
     xp, (B, Hq, P, D), H = ops_of(q), q.shape, k.shape[1]
     n = P // CHUNK

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvc.backends.base import Array, Engine, ops_of
-from kvc.calibrate.capture import Captured, capture, fitting, layers_of, per_layer
+from kvc.calibrate.capture import Captured, capture, fitting, layers_of
 from kvc.calibrate.layer import Epoch, more_tokens, policy_error, train_layer
 from kvc.calibrate.less import Recipe, begin, prepare
 from kvc.calibrate.rows import Rows
@@ -104,8 +104,8 @@ def train(engine: Engine, plan: Plan, out: Path, progress: Progress) -> None:
     while left:
         shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
         scratch.mkdir()
-        size = per_layer(engine.shape, *plan.rows.ids.shape)
-        now, left = left[: (n := fitting(scratch, left, size))], left[n:]
+        n = fitting(scratch, len(left), engine.shape, plan.rows.ids.size)
+        now, left = left[:n], left[n:]
         done = [0]
 
         def on_row(done: list[int] = done) -> None:
@@ -155,7 +155,7 @@ def _train(
     if shared is not None:
         start = Kernels(*start[:2], *(x.astype(np.float32) for x in shared[2:]))
     epochs = train_layer(
-        data, start, bare, plus, mass.shape[2], n_val, plan.recipe, layer, project,
+        data, start, bare, plus, n_val, plan.recipe, layer, project,
         shared is not None,
     )  # fmt: skip
     for epoch in epochs:
