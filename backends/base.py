@@ -124,6 +124,11 @@ class ModelShape:
     layer_kinds: tuple[str, ...]
 
     @property
+    def full_layers(self) -> tuple[int, ...]:
+        """The layers that keep all their tokens, by the model's numbers."""
+        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind == FULL)
+
+    @property
     def fingerprint(self) -> str:
         """What files made for a model are checked by: readable, and the same on every library."""
         return (

@@ -42,7 +42,7 @@ class Fit:
 def describe(shape: ModelShape, store: KVStore) -> tuple[str, ...]:
     """What each of a model's layers keeps, in words."""
     kinds = shape.layer_kinds
-    numbers = [i for i, kind in enumerate(kinds) if kind == FULL]
+    numbers = shape.full_layers
     method = store.method
     partner = {a: b for pair in method.pairs(len(numbers)) for a, b in (pair, pair[::-1])}
     alone = "compressed" if method.memory or method.codec else "as it came"

@@ -28,8 +28,8 @@ from benchmarks.kvsharer_tables import tables
 from kvc import demo
 from kvc.api import load_engine
 from kvc.backends.base import Engine
-from kvc.calibrate.distances import DISTANCES
-from kvc.calibrate.kvsharer import Search, Settings
+from kvc.calibrate.kvsharer.distances import DISTANCES
+from kvc.calibrate.kvsharer.search import Search, Settings
 from kvc.calibrate.rows import Rows, read_rows, read_text
 from kvc.measure.facts import body
 from kvc.measure.perplexity import perplexity

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 import kvc.demo
 from kvc.api import BACKENDS, load_engine
+from kvc.backends.base import ModelShape
+from kvc.calibrate.less.layer import more_tokens
 from kvc.calibrate.rows import read_rows, read_text
 from kvc.errors import KVCError
 from kvc.files import read_kernels, write_whole
@@ -32,10 +34,10 @@ from kvc.measure.perplexity import perplexity
 from kvc.measure.recall import recall
 from kvc.methods import Less, Method
 from kvc.methods.base import method_of
+from kvc.methods.less import Policy
 from kvc.ops.dispatch import mode
 
 RESULTS = Path(__file__).with_name("results")
-SINKS = 4  # first tokens of sink + recent
 COLUMNS = ("full", "bare", "baseline+", "less")
 
 
@@ -44,34 +46,25 @@ class Case:
     """One line of the table: a policy at a budget, over rows of one length."""
 
     length: int
-    policy: str
+    policy: Policy
     percent: int
     kernels: Path
-    token_bytes: int  # of a kept token in one head
-    state_bytes: int  # of one head
+    rank: int  # of their state
+    shape: ModelShape
 
     @property
     def budget(self) -> int:
         """Tokens that the bare policy keeps."""
         return self.length * self.percent // 100
 
-    @property
-    def extra(self) -> int:
-        """Tokens that the state's bytes buy, rounded up."""
-        return math.ceil(self.state_bytes / self.token_bytes)
-
     def method(self, column: str) -> Method:
         """What a column of the table measures."""
         if column == "full":
             return Method()
-        extra = self.extra if column == "baseline+" else 0
-        if self.policy == "h2o":
-            heavy = self.budget // 2 + extra // 2
-        else:
-            heavy = max(1, min(SINKS, self.budget - 1))
-        recent = self.budget + extra - heavy
-        kernels = str(self.kernels) if column == "less" else ""
-        return method_of(Less(self.policy, heavy, recent, kernels))  # type: ignore[arg-type]
+        less = Less.of_budget(self.policy, self.budget)
+        if column == "baseline+":
+            less = more_tokens(less, self.rank, self.shape)
+        return method_of(replace(less, kernels=str(self.kernels)) if column == "less" else less)
 
 
 class Bench:
@@ -160,9 +153,7 @@ def find_cases(
             for percent in percents:
                 path = folder / f"less-{policy}-{percent}.safetensors"
                 rank = next(iter(read_kernels(path).layers.values())).s1.shape[-1]
-                token = 2 * shape.head_dim * shape.dtype_bytes + 4 + 4 * (policy == "h2o")
-                state = 4 * rank * (shape.head_dim + 1)
-                cases.append(Case(length, policy, percent, path, token, state))
+                cases.append(Case(length, policy, percent, path, rank, shape))
     return cases
 
 
@@ -195,7 +186,8 @@ def compare(bench: Bench, cases: list[Case], text: Path, n: int) -> list[str]:
         nbytes = [rows[name]["nbytes"] for name in COLUMNS[1:]]
         shape = bench.engine.shape
         spare = (nbytes[1] - nbytes[2]) / (shape.n_layers * shape.n_kv_heads)
-        if not 0 <= spare < case.token_bytes:
+        token = 2 * shape.head_dim * shape.dtype_bytes + 4 + 4 * (case.policy == "h2o")
+        if not 0 <= spare < token:
             raise RuntimeError(f"Baseline+ has {spare} bytes in each head more than LESS: {case}")
         lines.append(
             f"| {case.length} | {case.policy} | {case.percent} % | "

@@ -6,18 +6,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvc.calibrate.layer import Epoch
+    from kvc.calibrate.less.layer import Epoch
 
 
 class Bars:
-    """Two bars: of the rows whose activations are captured, and of the epochs of all layers."""
+    """Two bars: of the rows whose activations are captured, and of a layer's epochs."""
 
-    def __init__(self, n_layers: int, n_epochs: int, quiet: bool) -> None:
+    def __init__(self, n_epochs: int, quiet: bool) -> None:
         from tqdm import tqdm
 
         # disable=None: no bar where stderr is no terminal
         self._bar = partial(tqdm, leave=False, disable=quiet or None)
-        self._total = n_layers * n_epochs
+        self._n_epochs = n_epochs
         self._rows: Any = None
         self._epochs: Any = None
 
@@ -39,11 +39,12 @@ class Bars:
 
     def trained(self, layer: int, epoch: Epoch) -> None:
         """Moves the bar of epochs, with the errors so far relative to the bare policy's."""
-        if self._epochs is None:
-            self._epochs = self._bar(total=self._total, desc="training", unit="epoch")
+        if not epoch.number:
+            self._epochs = self._bar(total=self._n_epochs, desc=f"layer {layer}", unit="epoch")
         bare, plus, now = epoch.errors
         self._epochs.set_postfix_str(
-            f"layer {layer}, error {now / bare:.3f} of the policy's, Baseline+ {plus / bare:.3f}",
-            refresh=False,
+            f"error {now / bare:.3f} of the policy's, Baseline+ {plus / bare:.3f}", refresh=False
         )
-        self._epochs.update(1 if epoch.number else 0)
+        self._epochs.update(epoch.number - self._epochs.n)
+        if epoch.number == self._n_epochs:
+            self._epochs.close()

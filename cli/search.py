@@ -123,7 +123,7 @@ def kvsharer(
 
     Example: kvc search kvsharer --text a_book.txt --share 25%
     """
-    from kvc.calibrate.kvsharer import Search, Settings
+    from kvc.calibrate.kvsharer.search import Search, Settings
     from kvc.calibrate.rows import read_rows
     from kvc.methods import KVSharer, method_of, parse
 

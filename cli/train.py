@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,11 @@ from kvc.cli.artifact import error_lines
 from kvc.cli.options import backend_option, check_target, dtype_option, model_option, read_share
 from kvc.cli.progress import Bars
 from kvc.cli.run import load
+from kvc.cli.workers import Apart, count_gpus
 from kvc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvc.methods import Less
-
-SINKS = 4  # first tokens that sink + recent keeps
+    from kvc.methods.less import Less, Policy
 
 
 @click.group()
@@ -84,7 +84,7 @@ def train() -> None:
 def less(
     model: str | None,
     texts: tuple[str, ...],
-    policy: str,
+    policy: Policy,
     budget: str,
     out: str,
     force: bool,
@@ -107,48 +107,53 @@ def less(
 
     Example: kvc train less --text a_book.txt --policy h2o --budget 5%
     """
-    from kvc.calibrate.capture import layers_of
-    from kvc.calibrate.less import Recipe
+    from kvc.calibrate.less.loss import Recipe
+    from kvc.calibrate.less.training import Plan, train_layers
     from kvc.calibrate.rows import read_rows
-    from kvc.calibrate.training import Plan, check_budget
-    from kvc.calibrate.training import train as run
     from kvc.files import read_kernels
     from kvc.methods import KVSharer
 
     check_target("--out", out, (".safetensors",), force)
     span = _span(layers)
+    n_gpus = count_gpus(backend)
     if workers is None:
-        workers = _n_gpus(backend)
-    if workers > 1:
-        _apart(click.get_current_context(), span, workers, Path(out), quiet)
-    else:
-        engine = load(backend, model, dtype, quiet)
-        length = length or min(2048, engine.context_length or 2048)
-        parts = layers_of(engine.shape, *span)
-        if not parts:
-            raise ConfigError(
-                f"--layers: expected some of 0:{engine.shape.n_layers}, got {layers!r}"
+        workers = 1 if sharing else n_gpus  # layers that share a cache learn together
+    elif workers > 1 and sharing:
+        raise ConfigError("--workers: expected one with --map: layers that share learn together")
+    try:
+        if workers > 1:
+            apart = Apart(click.get_current_context(), span, workers, n_gpus)
+            apart.train(Path(out), quiet)
+        else:
+            engine = load(backend, model, dtype, quiet)
+            length = length or min(2048, engine.context_length or 2048)
+            rule = _policy(policy, budget, length)
+            parts = tuple(i for i in engine.shape.full_layers if i in range(*span))
+            if not parts:
+                raise ConfigError(
+                    f"--layers: expected some of 0:{engine.shape.n_layers} that keep all tokens, "
+                    f"got {layers!r}"
+                )
+            rows = read_rows(engine, texts, sequences, length, seed)
+            of = KVSharer(sharing) if sharing else None
+            plan = Plan(rule, Recipe(seed=seed, **recipe), rows, parts, of, model or "bundled")
+            with Bars(recipe["epochs"], quiet) as bars:
+                train_layers(engine, plan, Path(out), bars)
+    except KeyboardInterrupt:
+        click.echo(f"kvc: interrupted; the same command goes on from {out}.work", err=True)
+        click.get_current_context().exit(130)
+    config = read_kernels(out).config
+    for layer, found in config["errors"].items():
+        if found["less"] >= found["bare"]:
+            click.echo(
+                f"kvc: warning: layer {layer}: the state makes the policy worse; train longer, or "
+                "on more text",
+                err=True,
             )
-        rule = _policy(policy, budget, length)
-        check_budget(rule, length)
-        rows = read_rows(engine, texts, sequences, length, seed)
-        plan = Plan(
-            rule,
-            Recipe(seed=seed, **recipe),
-            rows,
-            parts,
-            KVSharer(sharing) if sharing else None,
-            model or "bundled",
-        )
-        with Bars(len(parts), recipe["epochs"], quiet) as bars:
-            try:
-                run(engine, plan, Path(out), bars)
-            except KeyboardInterrupt:
-                click.echo(f"kvc: interrupted; the same command goes on from {out}.work", err=True)
-                click.get_current_context().exit(130)
     if not quiet:
-        lines = error_lines(read_kernels(out).config["errors"])
-        click.echo("\n".join([*lines, f"written to {out}"]), err=True)
+        click.echo("\n".join(error_lines(config["errors"])), err=True)
+        use = " ".join(f"--set less.{key}={config[key]}" for key in ("policy", "heavy", "recent"))
+        click.echo(f"use it with --method less --set less.kernels={out} {use}", err=True)
 
 
 @train.command()
@@ -160,101 +165,42 @@ def merge(parts: tuple[str, ...], out: str, force: bool) -> None:
 
     Example: kvc train merge first.safetensors second.safetensors --out less.safetensors
     """
-    from kvc.calibrate.training import merge as put_together
+    from kvc.calibrate.less.training import merge as put_together
 
     check_target("--out", out, (".safetensors",), force)
     put_together(parts, out)
     click.echo(f"written to {out}", err=True)
 
 
-def _policy(policy: str, budget: str, length: int) -> Less:
-    """The policy with its budget in tokens, split as the paper does.
+def _policy(policy: Policy, budget: str, length: int) -> Less:
+    """The policy with its budget in tokens.
 
     Raises:
-        ConfigError: If the budget is neither tokens nor a share of `length`.
+        ConfigError: If the budget is neither tokens nor a share of `length`, or below one token.
     """
     from kvc.methods import Less
 
     if budget.strip().isdecimal():
-        c = int(budget)
+        tokens = int(budget)
     else:
-        c = int(read_share("--budget", budget, "--length") * length)
-    if c < 1:
+        share = read_share("--budget", budget, "--length")
+        tokens = int(Decimal(str(share)) * length)  # 0.29 of 100 is 29
+    if tokens < 1:
         raise ConfigError(
             f"--budget: expected one token or more, got {budget} of {length} tokens; raise it"
         )
-    if policy == "h2o":
-        return Less("h2o", heavy=c // 2, recent=c - c // 2)
-    if policy == "sink":
-        return Less("sink", heavy=min(SINKS, c // 2), recent=c - min(SINKS, c // 2))
-    return Less("tova", heavy=c, recent=0)
+    return Less.of_budget(policy, tokens)
 
 
-def _span(layers: str | None) -> tuple[int, int | None]:
-    """`2:5` as a start and a stop.
+def _span(layers: str | None) -> tuple[int, int]:
+    """`2:5` as a start and a stop, which may be far behind the last layer.
 
     Raises:
         ConfigError: If it is none.
     """
     if layers is None:
-        return 0, None
+        return 0, sys.maxsize
     start, colon, stop = layers.partition(":")
     if not (colon and all(x.isdecimal() or not x for x in (start, stop))):
         raise ConfigError(f"--layers: expected START:STOP such as 0:8, got {layers!r}")
-    return int(start or 0), int(stop) if stop else None
-
-
-def _n_gpus(backend: str) -> int:
-    """How many GPUs there are for a backend; 1 where it uses none."""
-    from importlib import import_module
-
-    from kvc.api import best_backend
-
-    if (best_backend() if backend == "auto" else backend) != "cuda":
-        return 1
-    return max(1, import_module("torch").cuda.device_count())
-
-
-def _apart(
-    ctx: click.Context, span: tuple[int, int | None], workers: int, out: Path, quiet: bool
-) -> None:
-    """Trains ranges of layers in processes of their own.
-
-    Raises:
-        ConfigError: If layers share caches: an owner and its sharers learn together.
-        BackendError: If one of them fails.
-    """
-    from importlib import import_module
-
-    from tqdm import tqdm
-
-    from kvc.calibrate.spread import ranges, train_apart
-    from kvc.demo import path
-
-    if ctx.params["sharing"]:
-        raise ConfigError("--workers: expected one with --map: layers that share learn together")
-    auto = import_module("transformers").AutoConfig
-    config = auto.from_pretrained(ctx.params["model"] or str(path()))
-    n_layers = config.get_text_config(decoder=True).num_hidden_layers
-    parts = ranges(n_layers, span[0], span[1] or n_layers, workers)
-    devices = []
-    if _n_gpus(ctx.params["backend"]) > 1:
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = seen.split(",") if seen else [str(i) for i in range(workers)]
-    total = sum(b - a for a, b in parts)
-    with tqdm(
-        total=total, desc="training", unit="layer", leave=False, disable=quiet or None
-    ) as bar:
-        train_apart(_arguments(ctx), parts, devices, out, lambda done: bar.update(done - bar.n))
-
-
-def _arguments(ctx: click.Context) -> list[str]:
-    """The command's options as they were given, but for what each process has of its own."""
-    given = []
-    for option in ctx.command.params:
-        value = ctx.params[str(option.name)]
-        if value is None or option.name in ("layers", "out", "force", "workers", "quiet"):
-            continue
-        for item in value if option.multiple else (value,):
-            given += [option.opts[0], str(item)]
-    return given
+    return int(start or 0), int(stop) if stop else sys.maxsize

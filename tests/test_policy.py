@@ -1,15 +1,16 @@
 """A policy over whole sequences drops and answers what the store's does, token by token."""
 
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kvc.calibrate.less import error_of
-from kvc.calibrate.policy import simulate
-from kvc.methods import Less, method_of
+from kvc.calibrate.less.capture import Captured
+from kvc.calibrate.less.data import exact_of
+from kvc.calibrate.less.loss import error_of
+from kvc.calibrate.less.policy import simulate
+from kvc.methods import Less, Method, method_of
 from kvc.ops.attention import attend_dense
 from kvc.ops.evict import Kernels
 from kvc.store.store import KVStore
@@ -95,14 +96,25 @@ def test_another_layer_reads_what_the_owner_keeps() -> None:
     own = simulate(less, Query(q, SCALE), k, v)
     read = simulate(less, Query(q, SCALE), k, v, reader=asks)
     np.testing.assert_array_equal(own.order, read.order)
-    gone = np.take_along_axis(k, own.order[:, :, -1:, None], 2)
-    assert not np.allclose(own.out, read.out)
     # the last query sees all tokens but those that went
     lost = {int(i) for i in own.order[0, 0]}
     kept = [i for i in range(T) if i not in lost]
     want = attend_dense(asks[:1, :2, -1:], k[:1, :1, kept], v[:1, :1, kept], SCALE)
     np.testing.assert_allclose(read.out[0, :2, -1], want.out[0, :, 0], rtol=1e-4, atol=1e-5)
-    assert gone.shape == (B, H, 1, D)
+
+
+def test_the_exact_answers_are_those_of_a_store_that_keeps_all(xp: ModuleType) -> None:
+    q, k, v = tokens(4)
+    sinks = xp.from_numpy(np.linspace(-1, 2, HQ).astype(np.float32))
+    halves = [x.astype(np.float16) for x in (q, k, v)]
+    captured = Captured(*halves, 0, Query(xp.from_numpy(q), SCALE, 3.0, sinks))
+    out, lse = exact_of(captured, slice(0, B), 7, sinks)
+    store = KVStore(Method(), 1)
+    wide = [xp.from_numpy(x.astype(np.float32)) for x in halves]
+    store.append(0, *wide[1:])
+    want = store.attend(0, wide[0], SCALE, softcap=3.0, sinks=sinks)
+    np.testing.assert_allclose(out, xp.to_numpy(want)[:, :, 8:], rtol=1e-4, atol=1e-5)
+    assert lse.shape == (B, HQ, T - 8)
 
 
 def kernels(seed: int = 0) -> Kernels:
@@ -129,6 +141,6 @@ def test_the_loss_is_the_error_of_the_store_with_its_state(xp: ModuleType, less:
     arrays = (late, *ordered, run.out, run.lse, exact)
     got = error_of(maps, *map(padded, arrays), xp.from_numpy(project))
     on = map(xp.from_numpy, (q, k, v))
-    out = through_the_store(xp, replace(less), *on, kernels=kernels())
+    out = through_the_store(xp, less, *on, kernels=kernels())
     error = (out - exact).swapaxes(1, 2).reshape(-1, HQ * D) @ project
     np.testing.assert_allclose(float(xp.to_numpy(got)), (error**2).sum(), rtol=1e-3)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import kvc
 from kvc import demo
 from kvc.backends.base import FULL, Engine, ModelShape
-from kvc.calibrate.distances import DISTANCES, Mean, States, measure, ranked
-from kvc.calibrate.kvsharer import Search, Settings
-from kvc.calibrate.likeness import passes, pieces, similarity
+from kvc.calibrate.kvsharer.distances import DISTANCES, Mean, States, measure, ranked
+from kvc.calibrate.kvsharer.likeness import passes, pieces, similarity
+from kvc.calibrate.kvsharer.search import Search, Settings
 from kvc.calibrate.rows import Rows, read_rows
 from kvc.errors import ArtifactError, ConfigError, KVCError
 from kvc.files import read_map
@@ -296,10 +296,9 @@ def test_shares_are_rounded_as_the_oracle_does() -> None:
 def test_models_that_cannot_share_are_refused(rows: Rows) -> None:
     sizes: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "vocab_size": 9}
     shape = ModelShape("gemma3n", 8, **sizes, context_length=99, dtype_bytes=4, layer_kinds=(FULL,))
-    for kinds, says in (((FULL,) * 6, "shares caches already"), ((FULL,) * 8, "context, 23 ")):
-        some = replace(shape, layer_kinds=kinds, context_length=23)
-        with pytest.raises(ConfigError, match=says):
-            Search(cast("Engine", SimpleNamespace(shape=some)), rows, Settings(0.25))
+    some = replace(shape, layer_kinds=(FULL,) * 6)
+    with pytest.raises(ConfigError, match="shares caches already"):
+        Search(cast("Engine", SimpleNamespace(shape=some)), rows, Settings(0.25))
 
 
 WITH = [

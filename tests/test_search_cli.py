@@ -15,7 +15,7 @@ import pytest
 from click.testing import Result
 
 from kvc import api, demo
-from kvc.calibrate.kvsharer import Search
+from kvc.calibrate.kvsharer.search import Search
 from kvc.files import read_map
 from kvc.methods import parse
 from tests.run_cli import error_line, kvc_run, need_backend
@@ -117,6 +117,8 @@ def test_compression_may_act(folder: Path) -> None:
         (["--share", "1%"], "got 0; ask for more"),
         (["--share", "25%", "--sentences", "4000"], "expected 4000 pieces of 24 tokens"),
         (["--share", "25%", "--text", "none.txt"], "--text none.txt: cannot read it"),
+        (["--share", "25%", "--length", "5000"], "at most the model's context, 4096 tokens"),
+        (["--share", "25%", "--threshold", "nan"], "expected a cosine such as 0.5, got nan"),
         (["--share", "25%", "--set", "bits=4"], "got no --with"),
         (["--share", "25%", "--with", "none"], "a method that compresses, got 'none'"),
         (["--share", "25%", "--with", "minicache"], "kvsharer and minicache both fill"),

@@ -69,7 +69,8 @@ def output_projection(model: Any, layer: int, n_in: int) -> Any:
     for _, module in model.layers[layer].named_modules():
         linear = next((module[name] for name in OUTPUTS if name in module), None)
         if linear is not None and any(name in module for name in INPUTS):
-            return (linear(mx.eye(n_in)) - linear(mx.zeros((1, n_in)))).astype(mx.float32)
+            weight, bias = linear(mx.eye(n_in)), linear(mx.zeros((1, n_in)))
+            return weight.astype(mx.float32) - bias.astype(mx.float32)
     return None
 
 

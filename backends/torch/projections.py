@@ -89,7 +89,7 @@ def output_projection(model: PreTrainedModel, layer: int, n_in: int) -> torch.Te
         projects = linear is not None and any(hasattr(module, name) for name in INPUTS)
         if projects and getattr(module, "layer_idx", None) == layer:
             eye = torch.eye(n_in, device=model.device, dtype=model.dtype)
-            return (linear(eye) - linear(eye[:1] * 0)).float()
+            return linear(eye).float() - linear(eye[:1] * 0).float()
     return None
 
 

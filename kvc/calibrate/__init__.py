@@ -1,1 +1,1 @@
-"""What is learned once per model: LESS's kernels and KVSharer's map."""
+"""What is learned once per model: `less`, the kernels of LESS; `kvsharer`, a map of layers."""

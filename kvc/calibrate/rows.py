@@ -29,8 +29,13 @@ def read_rows(
     pieces on every backend.
 
     Raises:
-        ConfigError: If a text cannot be read, or they have fewer tokens together.
+        ConfigError: If a text cannot be read, they have fewer tokens together, or a piece would be
+            longer than the model's context.
     """
+    if (limit := engine.context_length) is not None and length > limit:
+        raise ConfigError(
+            f"--length {length}: expected at most the model's context, {limit} tokens"
+        )
     pieces, n_tokens = [], 0
     for path in paths:
         ids = np.asarray(engine.encode(read_text(path)), np.int32)

@@ -13,7 +13,7 @@ from kvc.errors import ConfigError
 from kvc.files import write_whole
 
 if TYPE_CHECKING:
-    from kvc.calibrate.kvsharer import Search
+    from kvc.calibrate.kvsharer.search import Search
 
 UNITS = {
     "positionwise": "mean distance at equal heads and positions,\nhalf of keys, half of values",

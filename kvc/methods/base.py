@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 
-from kvc.backends.base import FULL, ModelShape
+from kvc.backends.base import ModelShape
 from kvc.errors import ConfigError
 from kvc.files import sharers
 from kvc.methods.gear import Gear
@@ -68,7 +68,7 @@ class Method:
             ArtifactError: if a map or kernels were made for another model, or the kernels were
                 trained under another map.
         """
-        numbers = tuple(i for i, kind in enumerate(shape.layer_kinds) if kind == FULL)
+        numbers = shape.full_layers
         if self.codec:
             self.codec.check(shape.head_dim)
         layout = self.layout

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from kvc.backends.base import FULL, ModelShape
+from kvc.backends.base import ModelShape
 from kvc.errors import ArtifactError, ConfigError
 from kvc.files import MAP, MapFile, bundled_maps, check_model, map_text, read_map
 from kvc.hub import locate
@@ -105,7 +105,7 @@ class KVSharer(Part):
                 f"kvsharer: expected a cache for every layer, got {len(shape.layer_kinds)} for "
                 f"{shape.n_layers} layers: this {shape.family} model shares caches already"
             )
-        kept = tuple(i for i, kind in enumerate(shape.layer_kinds) if kind == FULL)
+        kept = shape.full_layers
         sharing = {layer for pair in self.pairs.items() if pair[0] != pair[1] for layer in pair}
         if others := sharing - {*kept}:
             raise ConfigError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from math import inf
 from types import MappingProxyType
 from typing import ClassVar, Literal, get_args
@@ -21,6 +22,7 @@ from kvc.methods.part import Part
 from kvc.ops.evict import Kernels
 
 Policy = Literal["h2o", "sink", "tova"]
+SINKS = 4  # first tokens that sink + recent keeps
 _ALONE: Mapping[int, int] = MappingProxyType({})  # no layer reads another one's cache
 
 
@@ -62,6 +64,17 @@ class Less(Part):
                 f"less: tova protects no window, so recent must be 0, got {self.recent}; "
                 "give the whole budget to heavy"
             )
+
+    @classmethod
+    def of_budget(cls, policy: Policy, tokens: int) -> Less:
+        """A policy that keeps so many tokens, split as the paper's authors do.
+
+        H2O: half of them recent; sink: up to four first ones, the rest recent; TOVA: no window.
+        """
+        if policy == "tova":
+            return cls(policy, heavy=tokens, recent=0)
+        heavy = tokens // 2 if policy == "h2o" else max(0, min(SINKS, tokens - 1))
+        return cls(policy, heavy=heavy, recent=tokens - heavy)
 
     def conflict(self, other: Part) -> str | None:
         """Why this cannot work with another part; None if it can."""
@@ -140,7 +153,7 @@ class Less(Part):
                 f"less: {name} is the fraction {value} of a context whose length this model's "
                 f"config does not say; set less.{name} to a number of tokens"
             )
-        return int(value * shape.context_length)
+        return int(Decimal(str(value)) * shape.context_length)  # 0.29 of 100 is 29
 
     def maps(self, numbers: Sequence[int]) -> dict[int, Kernels]:
         """The learned kernels of layers by their place in `numbers`, the model's numbers of them.

@@ -204,6 +204,17 @@ def causal_mask(L: int, T: int, like: Array) -> Array:
     return xp.arange(T, like) <= xp.arange(L, like).reshape(L, 1) + (T - L)
 
 
+def with_sinks(answer: Partial, sinks: Array) -> Partial:
+    """The answer with one more logit a head in its denominator, which carries no value.
+
+    Shapes: sinks [Hq].
+    """
+    xp = ops_of(answer.lse)
+    lse = xp.astype(sinks, answer.lse.dtype).reshape(1, -1, 1)
+    nothing = Partial(answer.out * 0, xp.broadcast_to(lse, answer.lse.shape))
+    return join([answer, nothing])
+
+
 def join(parts: Sequence[Partial]) -> Partial:
     """The answer over the union of disjoint sets: lse = logaddexp, outputs by their weights."""
     xp = ops_of(parts[0].out)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvc.backends.base import Array, ops_of
 from kvc.errors import ShapeError
-from kvc.ops.attention import Partial, join
+from kvc.ops.attention import with_sinks
 from kvc.store.room import Room
 from kvc.store.unit import Part, Query, Unit
 from kvc.store.watch import RECALL, Watch, mass
@@ -158,10 +158,7 @@ class Slot:
             part = query._replace(q=_rows(query.q, rows))
             answer = unit.faces[which].attend(part)
             if query.sinks is not None:
-                xp = ops_of(answer.lse)
-                lse = xp.astype(query.sinks, answer.lse.dtype).reshape(1, -1, 1)
-                lse = xp.broadcast_to(lse, answer.lse.shape)
-                answer = join([answer, Partial(answer.out * 0, lse)])
+                answer = with_sinks(answer, query.sinks)
             pieces.append((rows, answer.out))
         return _in_order(pieces)
 

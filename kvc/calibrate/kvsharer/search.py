@@ -17,14 +17,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvc.backends.base import FULL, Engine, ops_of
-from kvc.calibrate.distances import Distances, Mean, measure, ranked
-from kvc.calibrate.likeness import Hidden, check_compresses, passes, similarity
+from kvc.backends.base import Engine, ops_of
+from kvc.calibrate.kvsharer.distances import Distances, Mean, measure, ranked
+from kvc.calibrate.kvsharer.likeness import Hidden, check_compresses, passes, similarity
 from kvc.calibrate.rows import Rows
 from kvc.errors import ArtifactError, ConfigError
 from kvc.files import map_text, sharers, write_map, write_whole
@@ -37,11 +38,16 @@ class Settings:
 
     share: float  # of the layers that keep all their tokens
     threshold: float = 0.5  # the cosine must be above it
-    distance: str = "positionwise"  # see kvc.calibrate.distances
-    similarity: str = "per_sentence"  # see kvc.calibrate.likeness
+    distance: str = "positionwise"  # see kvc.calibrate.kvsharer.distances
+    similarity: str = "per_sentence"  # see kvc.calibrate.kvsharer.likeness
     order: str = "dissimilar"
     seed: int = 0  # of a random order
     method: Method | None = None  # compresses what is shared while pairs are tried
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a threshold that nothing compares with."""
+        if not isfinite(self.threshold):
+            raise ConfigError(f"--threshold: expected a cosine such as 0.5, got {self.threshold}")
 
     def count(self, n_layers: int) -> int:
         """How many of so many layers are to share.
@@ -93,13 +99,9 @@ class Search:
         self.engine, self.rows, self.settings, self.model = engine, rows, settings, model
         self.shape = engine.shape
         KVSharer("0:0").check(self.shape)
-        self.numbers = tuple(i for i, kind in enumerate(self.shape.layer_kinds) if kind == FULL)
+        self.numbers = self.shape.full_layers
         self.count = settings.count(len(self.numbers))
-        length, limit = rows.ids.shape[1], self.shape.context_length
-        if limit is not None and length > limit:
-            raise ConfigError(
-                f"--length {length}: expected at most the model's context, {limit} tokens"
-            )
+        length = rows.ids.shape[1]
         if settings.method is not None:
             check_compresses(engine, length, settings.method)
         self.ranked: Distances = {}
@@ -210,7 +212,7 @@ class Search:
                 raise ValueError
         except OSError as error:
             raise ArtifactError(f"{path}: cannot read it: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise ArtifactError(f"{path}: expected a checkpoint of a search; {mend}") from None
         for key, wanted in self._identity().items():
             if (got := of.get(key)) != wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -10,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvc.backends.base import Array, library_of, ops_of
-from kvc.calibrate.capture import Captured
-from kvc.calibrate.less import Data, Recipe, error_of, exact_of, run_of, squared
+from kvc.backends.base import Array, ModelShape, library_of, ops_of
+from kvc.calibrate.less.capture import Captured
+from kvc.calibrate.less.data import Data, exact_of, run_of
+from kvc.calibrate.less.loss import Recipe, error_of, squared
 from kvc.methods.less import Less
 from kvc.ops.evict import Kernels
 
@@ -23,7 +25,7 @@ class Errors(NamedTuple):
     """Mean squared errors of a layer's output, over the queries behind the budget."""
 
     bare: float  # of the policy alone
-    plus: float  # with the tokens that the state's bytes would buy
+    plus: float  # with the tokens that the state's bytes would buy, over the same queries
     less: float  # with the state
 
 
@@ -35,9 +37,13 @@ class Epoch(NamedTuple):
     kernels: Kernels
 
 
-def more_tokens(less: Less, rank: int) -> Less:
-    """Baseline+: the policy with R / 2 more tokens, which take the bytes of a state of rank R."""
-    n = rank // 2
+def more_tokens(less: Less, rank: int, shape: ModelShape) -> Less:
+    """Baseline+: the policy with the tokens that the bytes of a state buy, rounded up.
+
+    A head's state takes 4 R (D + 1) bytes, a kept token 2 D numbers, its position, and its score.
+    """
+    token = 2 * shape.head_dim * shape.dtype_bytes + 4 + 4 * (less.policy == "h2o")
+    n = math.ceil(4 * rank * (shape.head_dim + 1) / token)
     if less.policy == "h2o":
         return replace(less, heavy=less.heavy + n // 2, recent=less.recent + n - n // 2)
     if less.policy == "sink":
@@ -45,24 +51,33 @@ def more_tokens(less: Less, rank: int) -> Less:
     return replace(less, heavy=less.heavy + n)
 
 
-def policy_error(
-    captured: Captured, owner: Captured, less: Less, rows: slice, project: Array
-) -> float:
-    """Mean squared error of the bare policy in some rows; arguments as in `prepare`."""
-    xp, c = ops_of(project), int(less.heavy + less.recent)
-    out = run_of(captured, owner, less, rows, project).out
-    exact, _ = exact_of(captured, rows, c, project)
-    error = xp.from_numpy(out - exact, project)
-    n, _, N, _ = error.shape
-    return float(squared(error, project)) / (n * N * project.shape[1])
+def bare_error(data: Data, rows: range, project: Array) -> float:
+    """Mean squared error of the policy alone, in some rows."""
+    xp, total = ops_of(project), 0.0
+    for row in rows:
+        error = data.out[[row]].astype(np.float32) - data.exact[[row]]
+        total += float(squared(xp.from_numpy(error, project), project))
+    return total / (len(rows) * data.order.shape[2] * project.shape[1])
 
 
-def train_layer(
+def plus_error(data: Data, owner: Captured, plus: Less, rows: range, project: Array) -> float:
+    """The same of a policy that keeps more tokens, over the same queries."""
+    xp, total = ops_of(project), 0.0
+    c = int(plus.heavy + plus.recent)
+    for row in rows:
+        some = slice(row, row + 1)
+        out = run_of(data.captured, owner, plus, some, project).out
+        exact, _ = exact_of(data.captured, some, c, project)
+        total += float(squared(xp.from_numpy(out - exact, project), project))
+    return total / (len(rows) * data.order.shape[2] * project.shape[1])
+
+
+def epochs(
     data: Data,
     start: Kernels,
     bare: float,
     plus: float,
-    n_val: int,
+    held_out: range,
     recipe: Recipe,
     layer: int,
     project: Array,
@@ -75,7 +90,7 @@ def train_layer(
         start: From `begin`; of a layer that shares a cache, with its owner's maps of keys.
         bare: The policy's error in the rows held out.
         plus: That of Baseline+.
-        n_val: How many rows at the end are held out.
+        held_out: The rows at the end that errors are measured on.
         recipe: How it learns.
         layer: The model's number, which seeds the order of the rows and dropout.
         project: The output projection [Hq D, width], on the device that computes.
@@ -87,15 +102,14 @@ def train_layer(
 
     def loss(params: list[Array], *batch: Array) -> Array:
         q, k, v, out, lse, exact = batch[:6]
-        drop = (batch[6], batch[7]) if batch[6:] else None
+        drop = (batch[6], None if shares else batch[7]) if batch[6:] else None
         kernels = Kernels(*[*params, *fixed])
         error = error_of(kernels, q, k, v, out, lse, exact, project, drop)
         return error / (per_row * q.shape[0])
 
     learn = import_module(f"kvc.backends.{library_of(project)}.learn")
     learner = learn.Learner(start[:QUERY_MAPS] if shares else start, loss, project)
-    n_train = len(data.order) - n_val
-    held_out = range(n_train, len(data.order))
+    n_train = held_out.start
 
     def now() -> float:
         return float(np.mean([learner.loss(*data.batch([row])) for row in held_out]))

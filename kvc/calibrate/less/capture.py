@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from kvc.backends.base import FULL, Array, Engine, ModelShape, ops_of
+from kvc.backends.base import Array, Engine, ModelShape, ops_of
 from kvc.errors import ConfigError, KVCError
 from kvc.methods import Method
 from kvc.store.store import KVStore
@@ -27,13 +28,7 @@ class Captured(NamedTuple):
     k: Halves  # [n, H, T, D], of the layer whose cache this one reads
     v: Halves
     owner: int  # that layer, by the model's number
-    query: Query  # the last row's, for its scale, softcap and sinks
-
-
-def layers_of(shape: ModelShape, start: int = 0, stop: int | None = None) -> tuple[int, ...]:
-    """The layers that keep all their tokens, by the model's numbers, from `start` up to `stop`."""
-    full = [i for i, kind in enumerate(shape.layer_kinds) if kind == FULL]
-    return tuple(i for i in full if i in range(shape.n_layers)[start:stop])
+    query: Query  # one row's first, for its scale, softcap and sinks
 
 
 def fitting(folder: Path, n_layers: int, shape: ModelShape, n_tokens: int) -> int:
@@ -62,7 +57,7 @@ def capture(
     rows: np.ndarray[Any, Any],
     layers: Sequence[int],
     folder: Path,
-    on_row: Callable[[], None] = lambda: None,
+    on_row: Callable[[int], None] = lambda row: None,
 ) -> dict[int, Captured]:
     """Runs rows through the model and writes what the attention of its layers gets.
 
@@ -72,15 +67,16 @@ def capture(
         rows: Token ids [n, T].
         layers: By the model's numbers; those whose cache they read are captured as well.
         folder: Where the files go.
-        on_row: Called after each row.
+        on_row: Told how many rows are done.
 
     Returns:
         The captured layers by the model's numbers.
 
     Raises:
+        ConfigError: If there is no room on disk.
         KVCError: If activations do not fit half precision.
     """
-    numbers = layers_of(engine.shape)
+    numbers = engine.shape.full_layers
     store = engine.store(engine.make_cache(method))
     owner = {n: numbers[store.owner(place)] for place, n in enumerate(numbers)}
     needed = {*layers} | {owner[layer] for layer in layers}
@@ -95,8 +91,7 @@ def capture(
                 "LESS cannot be trained on this model"
             )
         if name not in files:
-            shape = (len(rows), *values.shape)
-            files[name] = open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
+            files[name] = half_file(folder / f"{name}.npy", (len(rows), *values.shape))
         files[name][row] = values
 
     for row, ids in enumerate(rows):
@@ -111,7 +106,7 @@ def capture(
             if layer not in left:  # a model that shares caches by its own design asks them again
                 return
             left.remove(layer)
-            queries[layer] = query
+            queries[layer] = query._replace(q=ops_of(query.q).copy(query.q[:, :, :1]))
             write(f"q-{layer}", row, query.q)
             dense = store.dense(query.reader)
             if owner[layer] == layer and dense is not None:
@@ -120,7 +115,11 @@ def capture(
 
         store.listener = hear
         engine.hidden(ids[None], cache)
-        on_row()
+        # Cache, store and listener know each other: without this their tensors would stay until
+        # Python looks for such circles, which is seldom.
+        store.listener = None
+        store.reset()
+        on_row(row + 1)
     return {
         layer: Captured(
             files[f"q-{layer}"],
@@ -131,3 +130,22 @@ def capture(
         )
         for layer in sorted(needed)
     }
+
+
+def half_file(path: Path, shape: tuple[int, ...]) -> Halves:
+    """An array on disk whose room is taken now: where the disk is full, memory maps just die.
+
+    Raises:
+        ConfigError: If there is no room.
+    """
+    try:
+        array: Halves = open_memmap(path, "w+", np.float16, shape)
+        if hasattr(os, "posix_fallocate"):  # not on a Mac
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        raise ConfigError(
+            f"{path.parent}: cannot keep activations there: {error.strerror}; take fewer "
+            "--sequences, or an --out on another disk"
+        ) from None
+    return array
