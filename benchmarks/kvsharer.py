@@ -30,11 +30,11 @@ from kvc.api import load_engine
 from kvc.backends.base import Engine
 from kvc.calibrate.kvsharer.distances import DISTANCES
 from kvc.calibrate.kvsharer.search import Search, Settings
-from kvc.calibrate.rows import Rows, read_rows, read_text
-from kvc.measure.facts import body
+from kvc.calibrate.rows import Rows, read_rows
 from kvc.measure.perplexity import perplexity
 from kvc.measure.recall import recall
 from kvc.methods import Method, parse
+from kvc.text import read_text, split_start
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.125, 0.25, 0.375)
@@ -57,7 +57,7 @@ class Lab:
     def __init__(self, engine: Engine, text: str) -> None:
         self.engine = engine
         self.ids = read_rows(engine, [text], N_ROWS, CONTEXT).ids
-        self.text = body(engine, engine.encode(read_text(text)))[1]
+        self.text = split_start(engine, engine.encode(read_text(text)))[1]
         self.full = perplexity(engine, self.ids, parse("none"), step=CONTEXT)
 
     def loss(self, method: Method) -> dict[str, Any]:

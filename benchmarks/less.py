@@ -26,16 +26,16 @@ import kvc.demo
 from kvc.api import BACKENDS, load_engine
 from kvc.backends.base import ModelShape
 from kvc.calibrate.less.layer import more_tokens
-from kvc.calibrate.rows import read_rows, read_text
+from kvc.calibrate.rows import read_rows
 from kvc.errors import KVCError
 from kvc.files import read_kernels, write_whole
-from kvc.measure.facts import body
 from kvc.measure.perplexity import perplexity
 from kvc.measure.recall import recall
 from kvc.methods import Less, Method
 from kvc.methods.base import method_of
 from kvc.methods.less import Policy
 from kvc.ops.dispatch import mode
+from kvc.text import read_text, split_start
 
 RESULTS = Path(__file__).with_name("results")
 COLUMNS = ("full", "bare", "baseline+", "less")
@@ -127,7 +127,7 @@ class Bench:
 
     def recall(self, method: Method, text: Path, n: int, length: int) -> Any:
         """Recall of facts told in the text, over contexts of so many tokens."""
-        _, ids = body(self.engine, self.engine.encode(read_text(text)))
+        _, ids = split_start(self.engine, self.engine.encode(read_text(text)))
 
         def measure(on_step: Any) -> dict[str, Any]:
             found = recall(self.engine, [ids], method, n=n, length=length, on_step=on_step)

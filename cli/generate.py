@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import click
 
+from kvc.cli.options import backend_option, dtype_option, model_option
 from kvc.cli.prompt import encode, read_prompt, read_settings
 from kvc.cli.run import Stats, hush, load, run
 
@@ -14,14 +15,8 @@ from kvc.cli.run import Stats, hush, load, run
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "mlx", "cuda", "cpu"]),
-    default="auto",
-    show_default=True,
-    help="What runs the model.",
-)
-@click.option("--model", help="A folder or a name on the Hugging Face hub.  [default: bundled]")
+@backend_option
+@model_option
 @click.option("--method", default="gear", show_default=True, help="Presets, joined by +.")
 @click.option(
     "--set",
@@ -57,11 +52,7 @@ from kvc.cli.run import Stats, hush, load, run
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, text included.")
 @click.option("--quiet", is_flag=True, help="No progress and no statistics on stderr.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Of the model.  [default: as saved; float32 on a CPU]",
-)
+@dtype_option
 def generate(
     prompt: str | None,
     prompt_file: str | None,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from kvc.errors import ConfigError
+from kvc.text import decoded, read_text
 
 if TYPE_CHECKING:
     from kvc.backends.base import Engine
@@ -29,17 +29,10 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
             raise ConfigError("PROMPT: expected UTF-8, got other bytes; use --prompt-file")
     else:
         source = f"--prompt-file {prompt_file}"
-        try:
-            data = sys.stdin.buffer.read() if prompt_file == "-" else Path(prompt_file).read_bytes()
-            text = data.decode("utf-8-sig")
-        except OSError as error:
-            raise ConfigError(f"{source}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise ConfigError(
-                f"{source}: expected UTF-8, got byte 0x{byte:02x} at {error.start}; convert it, "
-                "e.g. with iconv"
-            ) from None
+        if prompt_file == "-":
+            text = decoded(sys.stdin.buffer.read(), source)
+        else:
+            text = read_text(prompt_file, "--prompt-file")
     if not text.strip():
         raise ConfigError(f"{source}: expected some text, got an empty prompt")
     return text

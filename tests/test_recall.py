@@ -13,8 +13,9 @@ import pytest
 import kvc
 import kvc.demo
 from kvc.errors import ConfigError, KVCError
-from kvc.measure.facts import NAMES, NEAREST, body, plant
+from kvc.measure.facts import NAMES, NEAREST, plant
 from kvc.measure.recall import recall
+from kvc.text import split_start
 from tests.backend_table import PROMPT
 from tests.run_cli import need_backend
 
@@ -32,7 +33,7 @@ def engine() -> Any:
 def text(engine: Any) -> Any:
     """A text without facts, as tokens."""
     story = " ".join(s for s in re.split(r"(?<=\.) ", PROMPT) if "code of" not in s)
-    return body(engine, engine.encode("\n\n".join([story] * 4)))[1]
+    return split_start(engine, engine.encode("\n\n".join([story] * 4)))[1]
 
 
 class Stub:

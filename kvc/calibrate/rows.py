@@ -11,6 +11,7 @@ import numpy as np
 
 from kvc.backends.base import Engine
 from kvc.errors import ConfigError
+from kvc.text import read_text, split_start
 
 
 class Rows(NamedTuple):
@@ -38,12 +39,12 @@ def read_rows(
         )
     pieces, n_tokens = [], 0
     for path in paths:
-        ids = np.asarray(engine.encode(read_text(path)), np.int32)
-        bos = ids[:1][ids[:1] == getattr(engine.tokenizer, "bos_token_id", None)]
-        body, step = ids[len(bos) :], length - len(bos)
-        n_tokens += len(ids)
-        cut = body[: len(body) // step * step].reshape(-1, step)
-        pieces.append(np.concatenate([np.broadcast_to(bos, (len(cut), len(bos))), cut], 1))
+        bos, body = split_start(engine, engine.encode(read_text(path)))
+        step = length - len(bos)
+        n_tokens += len(bos) + len(body)
+        cut = np.asarray(body[: len(body) // step * step], np.int32).reshape(-1, step)
+        start = np.broadcast_to(np.asarray(bos, np.int32), (len(cut), len(bos)))
+        pieces.append(np.concatenate([start, cut], 1))
     every = np.concatenate(pieces)
     if len(every) < n:
         raise ConfigError(
@@ -52,21 +53,3 @@ def read_rows(
         )
     ids = every[np.random.default_rng(seed).permutation(len(every))[:n]]
     return Rows(ids, hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest())
-
-
-def read_text(path: str | Path) -> str:
-    """A text in UTF-8.
-
-    Raises:
-        ConfigError: If it cannot be read, or is in another encoding.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"--text {path}: cannot read it: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ConfigError(
-            f"--text {path}: expected UTF-8, got byte 0x{byte:02x} at {error.start}; convert it, "
-            "e.g. with iconv"
-        ) from None

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvc.backends.base import Engine
 from kvc.errors import ConfigError
+from kvc.text import split_start
 
 FACT = " The code of {} is {}."
 N_DIGITS = 4
@@ -59,13 +60,6 @@ class Planted(NamedTuple):
         return np.asarray(self.asked - self.told)
 
 
-def body(engine: Engine, ids: Sequence[int]) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts in front of a text, and the text."""
-    bos = getattr(engine.tokenizer, "bos_token_id", None)
-    n = int(len(ids) > 0 and ids[0] == bos)
-    return list(ids[:n]), list(ids[n:])
-
-
 def plant(
     engine: Engine,
     texts: Sequence[Sequence[int] | NDArray[Any]],
@@ -95,7 +89,7 @@ def plant(
     size, start, stop = shape
     if start >= stop:
         raise ConfigError("recall: expected a tokenizer that tells digits apart, got one token")
-    begin, _ = body(engine, engine.encode(""))
+    begin, _ = split_start(engine, engine.encode(""))
     T = length - len(begin) - 2 * n_facts * size
     if NEAREST >= T:
         least = length - T + NEAREST + 1
@@ -140,7 +134,7 @@ def _like(
 def _sentence(engine: Engine, name: str, number: str) -> Sentence:
     """A fact in tokens: its number is what changes where every digit changes."""
     other = "".join(str((int(digit) + 5) % 10) for digit in number)
-    a, b = (body(engine, engine.encode(FACT.format(name, x)))[1] for x in (number, other))
+    a, b = (split_start(engine, engine.encode(FACT.format(name, x)))[1] for x in (number, other))
     return Sentence(tuple(a), _common(a, b), len(a) - _common(a[::-1], b[::-1]))
 
 
