@@ -214,7 +214,6 @@ def test_bad_numbers_name_their_layer(xp: ModuleType) -> None:
         ("gear", {"bits": "3"}, "bits must be 2, 4 or 8, got 3"),
         ("gear", {"bits": "two"}, "bits must be int, got 'two'"),
         ("gear+kivi", {}, "gear and kivi both fill the seam codec"),
-        ("kvsharer", {}, "expected a map"),
         ("kvsharer", {"map": "1:5"}, "shares with an earlier one, got 1:5"),
         ("gear+none", {"bits": "2"}, "no method takes the setting 'bits'"),
         ("gear", {"group_size": "48"}, "buffer must be a multiple of group_size"),

@@ -134,11 +134,13 @@ class Less(Part):
             if file.config.get("policy") == self.policy and file.sharers == sharers
         }
         if not budgets:
-            under = f" and the map {map_text(sharers)}" if sharers else ""
+            shared = map_text(sharers)
+            under, its = (f" and the map {shared}", f" --map {shared}") if sharers else ("", "")
             raise ConfigError(
                 f"less: expected kernels for this model, {shape.fingerprint}, policy {self.policy}"
-                f"{under}, found none; make them with kvc train less --model MODEL --text FILE and "
-                "set less.kernels=FILE.safetensors, or take h2o, which is less without the state"
+                f"{under}, found none; make them with kvc train less --model MODEL --text FILE"
+                f"{its} and set less.kernels=FILE.safetensors, or take h2o, which is less without "
+                "the state"
             )
         off = {path: max(n, budget) / min(n, budget) for path, n in budgets.items()}
         return min(budgets, key=lambda path: (off[path], budgets[path]))
