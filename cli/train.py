@@ -152,8 +152,7 @@ def less(
             )
     if not quiet:
         click.echo("\n".join(error_lines(config["errors"])), err=True)
-        use = " ".join(f"--set less.{key}={config[key]}" for key in ("policy", "heavy", "recent"))
-        click.echo(f"use it with --method less --set less.kernels={out} {use}", err=True)
+        click.echo(f"use it with --method less --set less.kernels={out}", err=True)
 
 
 @train.command()

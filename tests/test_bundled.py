@@ -209,3 +209,17 @@ def demo_copy(folder: Path) -> Path:
     for path in folder.glob("kvsharer-*.json"):
         path.unlink()
     return folder
+
+
+def test_named_kernels_bring_the_policy_and_budget_of_their_training(tmp_path: Path) -> None:
+    path = kernels(tmp_path, "some.safetensors", policy="sink", heavy=3, recent=9)
+    less = parse("less", {"kernels": path}).memory
+    assert less is not None
+    assert (less.policy, less.heavy, less.recent) == ("sink", 3, 9)
+    for setting in ({"recent": 5}, {"policy": "h2o"}):  # then all three are the user's business
+        given = parse("less", {"kernels": path, **setting}).memory
+        assert given == Less(kernels=path, **setting)
+    bare = kernels(tmp_path, "bare.safetensors")
+    assert parse("less", {"kernels": bare}).memory == Less(kernels=bare)
+    with pytest.raises(ArtifactError, match="there is no such file"):
+        parse("less", {"kernels": str(tmp_path / "none.safetensors")})

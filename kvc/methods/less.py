@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import inf
 from types import MappingProxyType
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from kvc.backends.base import ModelShape
 from kvc.errors import ArtifactError, ConfigError
@@ -64,6 +64,19 @@ class Less(Part):
                 f"less: tova protects no window, so recent must be 0, got {self.recent}; "
                 "give the whole budget to heavy"
             )
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Named kernels bring the policy and the budget of their training, where none is set.
+
+        Raises:
+            ArtifactError: if the kernels cannot be had, or are damaged.
+        """
+        known = ("policy", "heavy", "recent")
+        if not given.get("kernels") or {*known} & given.keys():
+            return {}
+        config = read_kernels(locate(given["kernels"], (KERNELS,))).config
+        return {key: config[key] for key in known if key in config}
 
     @classmethod
     def of_budget(cls, policy: Policy, tokens: int) -> Less:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from kvc.methods.base import Method
@@ -24,6 +25,11 @@ class Part:
         from kvc.methods.base import method_of
 
         return method_of(self) + other
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters that those which are given bring along, where a preset says otherwise."""
+        return {}
 
     def conflict(self, other: Part) -> str | None:
         """Why this part cannot work with another one, of another seam; None if it can."""

@@ -65,7 +65,7 @@ def parse(text: str, settings: Mapping[str, Any] | None = None) -> Method:
             head, dot, tail = key.rpartition(".")
             if head == kind.section or (not dot and len(names) == 1):
                 given[tail] = _value(kind, tail, left.pop(key))
-        part = kind(**{**params, **given})
+        part = kind(**{**params, **kind.implied(given), **given})
         alone = Method(name, **{part.seam: part})  # type: ignore[arg-type]
         method = alone if not method.parts else method + alone
     if left:
