@@ -223,3 +223,13 @@ def test_named_kernels_bring_the_policy_and_budget_of_their_training(tmp_path: P
     assert parse("less", {"kernels": bare}).memory == Less(kernels=bare)
     with pytest.raises(ArtifactError, match="there is no such file"):
         parse("less", {"kernels": str(tmp_path / "none.safetensors")})
+
+
+@both
+@pytest.mark.parametrize("method", ["less", "kvsharer", "kvsharer+less"])
+def test_the_bundled_model_has_what_its_methods_learn(backend: str, method: str) -> None:
+    need_backend(backend)
+    row = generate_json(backend, "--method", method, PROMPT)
+    assert len(row["token_ids"]) == 8
+    if "less" in method:
+        assert row["parts"]["state"] > 0
