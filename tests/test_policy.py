@@ -1,5 +1,6 @@
 """A policy over whole sequences drops and answers what the store's does, token by token."""
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 
 from kvc.calibrate.less.capture import Captured
-from kvc.calibrate.less.data import exact_of
-from kvc.calibrate.less.loss import error_of
+from kvc.calibrate.less.data import exact_of, prepare
+from kvc.calibrate.less.layer import epochs
+from kvc.calibrate.less.loss import Recipe, begin, error_of
 from kvc.calibrate.less.policy import simulate
 from kvc.methods import Less, Method, method_of
 from kvc.ops.attention import attend_dense
@@ -144,3 +146,18 @@ def test_the_loss_is_the_error_of_the_store_with_its_state(xp: ModuleType, less:
     out = through_the_store(xp, less, *on, kernels=kernels())
     error = (out - exact).swapaxes(1, 2).reshape(-1, HQ * D) @ project
     np.testing.assert_allclose(float(xp.to_numpy(got)), (error**2).sum(), rtol=1e-3)
+
+
+def test_an_epoch_that_makes_things_worse_is_not_the_result(tmp_path: Path) -> None:
+    q, k, v = tokens(6)
+    halves = [np.concatenate([x, x]).astype(np.float16) for x in (q, k, v)]
+    torch = pytest.importorskip("torch")
+    captured = Captured(*halves, 0, Query(torch.from_numpy(q), SCALE))
+    like = torch.eye(HQ * D)
+    data, mass = prepare(captured, captured, POLICIES[0], tmp_path, like)
+    recipe = Recipe(rank=R, hidden=M, epochs=3, rate=1e4, dropout=0.0)  # which can only diverge
+    start = begin(data, mass, recipe, 0, like)
+    found = [*epochs(data, start, 1.0, 1.0, range(3, 4), recipe, 0, like, False)]
+    assert [(epoch.number, epoch.best) for epoch in found] == [(n, 0) for n in range(4)]
+    assert found[-1].kernels is start
+    assert found[-1].errors == found[0].errors

@@ -64,7 +64,8 @@ def names(folder: Path) -> list[str]:
 @both
 @pytest.mark.parametrize("policy", ["h2o", "sink", "tova"])
 def test_kernels_learn(backend: str, policy: str, folder: Path) -> None:
-    result = train(folder, "--backend", backend, "--policy", policy)
+    longer = ("--epochs", "12", "--rate", "0.003")
+    result = train(folder, "--backend", backend, "--policy", policy, *longer)
     assert result.exit_code == 0, result.output
     assert names(folder) == ["less.safetensors", "text.txt"]
     file = read_kernels(folder / "less.safetensors")

@@ -33,6 +33,7 @@ class Epoch(NamedTuple):
     """Where training stands: the errors in the rows held out, and the best kernels so far."""
 
     number: int
+    best: int  # the epoch after which errors and kernels were these; 0 for the start
     errors: Errors
     kernels: Kernels
 
@@ -114,7 +115,7 @@ def epochs(
     def now() -> float:
         return float(np.mean([learner.loss(*data.batch([row])) for row in held_out]))
 
-    best = Epoch(0, Errors(bare, plus, now()), start)
+    best = Epoch(0, 0, Errors(bare, plus, now()), start)
     yield best
     for epoch in range(recipe.epochs):
         rate = recipe.rate * 0.5 ** (4 * epoch // recipe.epochs)
@@ -124,7 +125,7 @@ def epochs(
             learner.step(rate, *data.batch(some), *_dropout(rng, start, len(some), recipe.dropout))
         if (error := now()) < best.errors.less:
             kernels = Kernels(*learner.params, *(start[QUERY_MAPS:] if shares else ()))
-            best = Epoch(epoch + 1, Errors(bare, plus, error), kernels)
+            best = Epoch(epoch + 1, epoch + 1, Errors(bare, plus, error), kernels)
         yield best._replace(number=epoch + 1)
 
 

@@ -110,7 +110,7 @@ def train_layers(engine: Engine, plan: Plan, out: Path, progress: Progress) -> N
                 captured = _captured(engine, plan, now, Path(scratch), progress)
                 for layer in now:
                     best = _train(engine, plan, layer, captured, files, Path(scratch), progress)
-                    found = {str(layer): {**best.errors._asdict(), "epoch": best.number}}
+                    found = {str(layer): {**best.errors._asdict(), "epoch": best.best}}
                     made_by = {"model": plan.model, "backend": engine.name, "errors": found}
                     write_kernels(
                         files[layer],
