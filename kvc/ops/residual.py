@@ -46,7 +46,11 @@ def unrows(x: Array, shape: tuple[int, ...], role: Role) -> Array:
 
 
 def find_outliers(x: Array, role: Role, fraction: float) -> Array | None:
-    """Places of the k smallest and the k largest entries of each row; None where k is 0."""
+    """Places of the k smallest and the k largest entries of each row; None where k is 0.
+
+    They are in ascending order, so that kernels find those of a few tokens, or of one head, without
+    reading the others.
+    """
     xp = ops_of(x)
     r = rows(x, role)
     k = outlier_count(fraction, r.shape[-1])
@@ -55,7 +59,8 @@ def find_outliers(x: Array, role: Role, fraction: float) -> Array | None:
     low = xp.top_k(-r, k)
     # the largest are sought among the rest, else a constant row would list a place twice
     taken = xp.put_along_axis(r, low, xp.take_along_axis(r, low, -1) * 0 - np.inf, -1)
-    return xp.concat([low, xp.top_k(taken, k)], -1)
+    places = xp.concat([low, xp.top_k(taken, k)], -1)
+    return xp.take_along_axis(places, xp.argsort(places, -1), -1)
 
 
 def fill(x: Array, index: Array, role: Role) -> Array:
