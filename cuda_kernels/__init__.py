@@ -1,5 +1,12 @@
-"""Fused CUDA kernels for PyTorch, one module per op."""
+"""Fused Triton kernels for PyTorch, one module per op."""
 
-from types import ModuleType
+from __future__ import annotations
 
-FUSED: dict[str, ModuleType] = {}  # op name -> module with `why_not` and `run`
+FUSED: frozenset[str] = frozenset()  # each is a module with `why_not` and `run`
+
+
+def unavailable() -> str | None:
+    """Why no kernel of this package can run here; None if they can."""
+    import torch
+
+    return None if torch.cuda.is_available() else "there is no CUDA GPU"

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvc.backends.base import Array, ops_of
 from kvc.ops.dispatch import op
+from kvc.ops.past import Past
 
 TILE = 2048  # coded tokens that are read at a time; bounds what attention holds decoded
 SCORES = 2**20  # scores that are held at a time, over all heads and rows
 
 
 class Partial(NamedTuple):
-    """Attention over some of the tokens: weighted values, and the log of the denominator."""
+    """Attention over some of the tokens: weighted values, and the log of the denominator.
+
+    With an axis in front of both: answers over as many disjoint sets, not joined yet.
+    """
 
     out: Array  # [B, Hq, L, D], zero where nothing is seen
     lse: Array  # [B, Hq, L], -inf where nothing is seen
-
-
-class Past(Protocol):
-    """Tokens of K or of V that are not held as they came."""
-
-    @property
-    def n(self) -> int:
-        """How many tokens there are."""
-
-    def read(self, start: int, stop: int) -> Array:
-        """Tokens [B, H, stop - start, D] in the coordinates they are stored in."""
-
-    def turn(self, x: Array) -> Array:
-        """`x` [..., D] from the model's coordinates to the stored ones; its own inverse."""
 
 
 @op
@@ -45,14 +35,32 @@ def attend_dense(
     causal: bool = False,
     softcap: float | None = None,
     valid: Array | None = None,
+    joined: Sequence[Partial] = (),
+    sinks: Array | None = None,
+    dtype: Any = None,
 ) -> Partial:
-    """softmax(scale q K^T) V over the tokens, and its log-sum-exp.
+    """softmax(scale q K^T) V over the tokens, and its log-sum-exp, joined with other answers.
 
     With `causal` the newest L tokens are the queries' own: query i sees up to token T - L + i. Many
     queries are taken a few at a time, so that memory grows with T alone.
 
-    Shapes: q [B, Hq, L, D]; k, v [B, H, T, D]; valid bool [B, H or 1, T], false for empty slots.
+    Shapes: q [B, Hq, L, D]; k, v [B, H, T, D]; valid bool [B, H or 1, T], false for empty slots;
+    joined, sinks and dtype as in `join`.
     """
+    own = _answer(q, k, v, scale, causal, softcap, valid)
+    return join([own, *joined], sinks=sinks, dtype=dtype)
+
+
+def _answer(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    valid: Array | None,
+) -> Partial:
+    """`attend_dense` over its own tokens alone."""
     xp = ops_of(q)
     B, Hq, L, D = q.shape
     H, T = k.shape[1], k.shape[2]
@@ -65,12 +73,10 @@ def attend_dense(
             stop = min(start + step, L)
             seen = max(0, T - L + stop) if causal else T  # behind padding T may be below L
             some = None if valid is None else valid[:, :, :seen]
+            queries = q[:, :, start:stop]
             parts.append(
-                attend_dense(
-                    q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], scale,
-                    causal=causal, softcap=softcap, valid=some,
-                )
-            )  # fmt: skip
+                _answer(queries, k[:, :, :seen], v[:, :, :seen], scale, causal, softcap, some)
+            )
         return Partial(*(xp.concat([part[i] for part in parts], 2) for i in (0, 1)))
     scores = scores_of(q, k, scale, softcap, valid)
     if causal and L > 1:
@@ -89,15 +95,26 @@ def attend_dense(
 
 @op
 def attend_coded(
-    q: Array, k: Past, v: Past, scale: float, *, softcap: float | None = None
+    q: Array,
+    k: Past,
+    v: Past,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    valid: Array | None = None,
 ) -> Partial:
     """Attention over tokens that are all older than every query, read a tile at a time.
 
-    Shapes: q [B, Hq, L, D]; k, v of n tokens each.
+    A kernel may return the answers over parts of the tokens, not joined.
+
+    Shapes: q [B, Hq, L, D]; k, v of n tokens each; valid bool [B, H or 1, n].
     """
-    turned = k.turn(q)
-    tiles = [(start, min(start + TILE, k.n)) for start in range(0, k.n, TILE)]
-    parts = [attend_dense(turned, k.read(*t), v.read(*t), scale, softcap=softcap) for t in tiles]
+    turned, parts = k.turn(q), []
+    for start in range(0, k.n, TILE):
+        stop = min(start + TILE, k.n)
+        some = None if valid is None else valid[:, :, start:stop]
+        keys, values = k.read(start, stop), v.read(start, stop)
+        parts.append(_answer(turned, keys, values, scale, False, softcap, some))
     out, lse = join(parts)
     return Partial(v.turn(out), lse)
 
@@ -204,27 +221,27 @@ def causal_mask(L: int, T: int, like: Array) -> Array:
     return xp.arange(T, like) <= xp.arange(L, like).reshape(L, 1) + (T - L)
 
 
-def with_sinks(answer: Partial, sinks: Array) -> Partial:
-    """The answer with one more logit a head in its denominator, which carries no value.
+@op
+def join(parts: Sequence[Partial], *, sinks: Array | None = None, dtype: Any = None) -> Partial:
+    """The answer over the union of disjoint sets: lse = logaddexp, outputs by their weights.
 
-    Shapes: sinks [Hq].
+    Shapes: sinks [Hq], logits that take part in the denominator and carry no value; out in `dtype`,
+    or else in the type that sums are taken in.
     """
-    xp = ops_of(answer.lse)
-    lse = xp.astype(sinks, answer.lse.dtype).reshape(1, -1, 1)
-    nothing = Partial(answer.out * 0, xp.broadcast_to(lse, answer.lse.shape))
-    return join([answer, nothing])
-
-
-def join(parts: Sequence[Partial]) -> Partial:
-    """The answer over the union of disjoint sets: lse = logaddexp, outputs by their weights."""
     xp = ops_of(parts[0].out)
-    if len(parts) == 1:
-        return parts[0]
-    lses = xp.stack([p.lse for p in parts], 0)
-    top = xp.maximum(xp.max(lses, 0), -1e30)
-    weights = xp.exp(lses - top)
-    total = xp.sum(weights, 0)
-    some = total > 0
-    safe = xp.where(some, total, 1.0)
-    out = sum((weights[i] / safe)[..., None] * p.out for i, p in enumerate(parts))
-    return Partial(out, xp.where(some, top + xp.log(safe), -np.inf))
+    stacked = [p if p.out.ndim == 5 else Partial(p.out[None], p.lse[None]) for p in parts]
+    answers = [Partial(p.out[i], p.lse[i]) for p in stacked for i in range(p.out.shape[0])]
+    out, lse = answers[0]
+    if sinks is not None:
+        logits = xp.astype(sinks, lse.dtype).reshape(1, -1, 1)
+        answers.append(Partial(out * 0, xp.broadcast_to(logits, lse.shape)))
+    if len(answers) > 1:
+        lses = xp.stack([p.lse for p in answers], 0)
+        top = xp.maximum(xp.max(lses, 0), -1e30)
+        weights = xp.exp(lses - top)
+        total = xp.sum(weights, 0)
+        some = total > 0
+        safe = xp.where(some, total, 1.0)
+        out = sum((weights[i] / safe)[..., None] * p.out for i, p in enumerate(answers))
+        lse = xp.where(some, top + xp.log(safe), -np.inf)
+    return Partial(out if dtype is None else xp.astype(out, dtype), lse)

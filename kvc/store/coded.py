@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvc.backends.base import Array, ops_of
 from kvc.methods.gear import Gear
 from kvc.ops.codec import Code, Spec, arrays, decode, encode, map_code, turn
+from kvc.ops.past import Layout
 from kvc.ops.quant import Role
 from kvc.store.unit import Part
 
@@ -97,6 +98,14 @@ class Coded:
     def turn(self, x: Array) -> Array:
         """`x` [..., D] into the coordinates that tokens are stored in, or back."""
         return turn(x, self.runs[0].spec) if self.runs else x
+
+    def layout(self) -> Layout:
+        """Its runs."""
+        return Layout(runs=self.runs)
+
+    def pieces(self) -> Sequence[Coded]:
+        """Each run by itself."""
+        return [replace(self, runs=[run]) for run in self.runs]
 
     def rows(self, rows: Sequence[int]) -> Coded:
         """Some of the rows, which may repeat."""

@@ -14,7 +14,7 @@ from kvc.backends.base import Array, ops_of
 from kvc.errors import ConfigError
 from kvc.methods.gear import Gear
 from kvc.methods.less import Less
-from kvc.ops.attention import Partial, attend_dense, join, log_probs
+from kvc.ops.attention import Partial, attend_coded, attend_dense, log_probs
 from kvc.ops.evict import Kernels, admit, attend_state, fold_evicted
 from kvc.store.kept import Kept, pick
 from kvc.store.unit import Part, Query, check_finite
@@ -223,15 +223,21 @@ class Evicting:
             early = self.watch.see(query._replace(q=query.q[:, :, max(0, own) :]))
             if early is not None and self.less.policy == "h2o":
                 self._add(early, self.n - RECALL)
-        q, scale, softcap = query.q, query.scale, query.softcap
-        ring = (self._live(self.k), self._live(self.v))
-        parts = [attend_dense(q, *ring, scale, causal=True, softcap=softcap)]
+        q, scale, softcap, parts = query.q, query.scale, query.softcap, []
         if self.kept.n:
-            kept, valid = self.kept.tokens(), self.kept.pos >= 0
-            parts.append(attend_dense(q, *kept, scale, softcap=softcap, valid=valid))
+            valid = self.kept.pos >= 0
+            if self.kept.codec:
+                kept = self.kept.pasts()
+                parts.append(attend_coded(q, *kept, scale, softcap=softcap, valid=valid))
+            else:
+                k, v = self.kept.tokens()
+                parts.append(attend_dense(q, k, v, scale, softcap=softcap, valid=valid))
         if (maps := self.maps(query.reader)) and self.state is not None:
             parts.append(attend_state(q, self.state, self.norm, maps))
-        return join(parts)
+        return attend_dense(
+            q, self._live(self.k), self._live(self.v), scale,
+            causal=True, softcap=softcap, joined=parts, sinks=query.sinks, dtype=q.dtype,
+        )  # fmt: skip
 
     def read(self) -> tuple[Array, Array]:
         """Not to be had: most tokens are gone, and the heads keep different ones.

@@ -9,6 +9,8 @@ from typing import Any
 from kvc.backends.base import Array, ops_of
 from kvc.methods.gear import Gear
 from kvc.ops.codec import Code, Spec, arrays, decode, encode, map_code
+from kvc.ops.quant import Role
+from kvc.store.coded import Coded, Run
 from kvc.store.unit import Part
 
 
@@ -46,6 +48,16 @@ class Kept:
             return self.k, self.v
         k, v = _specs(self.codec, self.n, self.head_dim)
         return decode(self.k, k), decode(self.v, v)
+
+    def pasts(self) -> tuple[Coded, Coded]:
+        """K and V where they are coded, for attention to read."""
+        codec: Any = self.codec
+        specs, pasts = _specs(codec, self.n, self.head_dim), []
+        roles: tuple[Role, Role] = ("k", "v")
+        for role, code, spec in zip(roles, (self.k, self.v), specs, strict=True):
+            run = Run(map_code(lambda x: x[None], code), spec, 1)
+            pasts.append(Coded(codec, role, 0, [run]))
+        return pasts[0], pasts[1]
 
     def take(self, k: Array, v: Array, pos: Array, score: Array | None, source: Array) -> None:
         """Fills the slots by `source` [B, H, h]: from the slots, and behind them the leaving.

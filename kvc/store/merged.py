@@ -13,6 +13,7 @@ from functools import partial
 from kvc.backends.base import Array, ops_of
 from kvc.methods.minicache import MiniCache
 from kvc.ops.merge import Thresholds, merge_pair, restore, retained, thresholds, vectors
+from kvc.ops.past import Layout
 from kvc.store.coded import Coded
 from kvc.store.room import Room
 from kvc.store.unit import Part
@@ -161,6 +162,33 @@ class Merged:
         where = xp.broadcast_to(xp.astype(at, xp.dtype("int32"))[..., None], exact.shape)
         flat = xp.put_along_axis(flat, where, exact, 1)[:, : T * G]
         return flat.reshape(B, T, H, D).swapaxes(1, 2)
+
+    def runs(self) -> Sequence[int | None]:
+        """Numbers of the runs of coded directions; None alone for directions as they are."""
+        return range(len(self.directions.runs)) if isinstance(self.directions, Coded) else [None]
+
+    def span(self, run: int | None) -> tuple[int, int]:
+        """The tokens of one run, or all."""
+        if run is None or not isinstance(self.directions, Coded):
+            return 0, self.n
+        start = sum(r.tokens for r in self.directions.runs[:run])
+        return start, start + self.directions.runs[run].tokens
+
+    def layout(self, which: int, run: int | None) -> Layout:
+        """Where the tokens of layer a (0) or b (1) lie, all of them or those of one run."""
+        start, stop = self.span(run)
+        kept, directions = self.originals, self.directions
+        found = Layout(
+            start=start,
+            norm=self.norms[which].tokens(0, stop) if self.norms else None,
+            index=kept.index if kept and kept.index.shape[1] else None,
+            exact=(kept.b if which else kept.a) if kept and kept.index.shape[1] else None,
+        )
+        if not isinstance(directions, Coded):
+            return replace(found, dense=directions.tokens(start, stop))
+        runs = directions.runs if run is None else [directions.runs[run]]
+        gain = runs[0].spec.head_dim ** -0.5  # as `append` lengthened them
+        return replace(found, runs=runs, gain=gain)
 
     def turn(self, x: Array) -> Array:
         """`x` [..., D] into the coordinates that directions are stored in, or back."""

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from kvc.backends.base import Array
 from kvc.methods.gear import Gear
 from kvc.methods.minicache import MiniCache
+from kvc.ops.past import Layout
 from kvc.ops.quant import Role
 from kvc.store.coded import Coded
 from kvc.store.merged import Merged
 from kvc.store.room import Room
-from kvc.store.tokens import Tokens, due
+from kvc.store.tokens import Series, Tokens, due
 from kvc.store.unit import Part, check_finite
 
 
@@ -25,19 +26,30 @@ class Half:
 
     merged: Merged
     which: int  # 0 for layer a, 1 for layer b
+    run: int | None = None  # of coded directions: of this run alone
 
     @property
     def n(self) -> int:
         """Merged tokens."""
-        return self.merged.n
+        start, stop = self.merged.span(self.run)
+        return stop - start
 
     def read(self, start: int, stop: int) -> Array:
         """Tokens start to stop, restored."""
-        return self.merged.read(self.which, start, stop)
+        first = self.merged.span(self.run)[0]
+        return self.merged.read(self.which, first + start, first + stop)
 
     def turn(self, x: Array) -> Array:
         """`x` [..., D] into the coordinates that directions are stored in, or back."""
         return self.merged.turn(x)
+
+    def layout(self) -> Layout:
+        """Directions and what makes them this layer's vectors."""
+        return self.merged.layout(self.which, self.run)
+
+    def pieces(self) -> Sequence[Half]:
+        """Each run of coded directions by itself."""
+        return [replace(self, run=run) for run in self.merged.runs()]
 
 
 @dataclass(slots=True)
@@ -72,11 +84,10 @@ class Pair:
         if size > 1:  # single tokens are not looked at: it would stall the device at every step
             for layer, tail in enumerate(self.tails, self.layer):
                 check_finite(layer, tail.k.window.tokens(0, n), tail.v.window.tokens(0, n))
-        sink = self.codec.sink if self.codec and not a.k.sink else 0
-        for series in (s for tail in self.tails for s in (tail.k, tail.v) if sink):
-            series.take_sink(sink)
-        self.k = self._merged("k", self.k, (a.k.window, b.k.window), n, size, prompt)
-        self.v = self._merged("v", self.v, (a.v.window, b.v.window), n, size, prompt)
+        for series in (s for tail in self.tails for s in (tail.k, tail.v)):
+            series.sink = self.codec.sink if self.codec else 0
+        self.k = self._merged("k", self.k, (a.k, b.k), n, size, prompt)
+        self.v = self._merged("v", self.v, (a.v, b.v), n, size, prompt)
         codec = self.codec
         capacity = codec.window + codec.buffer if codec else size if policy == "buffer" else 1
         for which, tail in enumerate(self.tails):
@@ -101,17 +112,18 @@ class Pair:
         self,
         role: Role,
         merged: Merged | None,
-        waiting: tuple[Room, Room],
+        waiting: tuple[Series, Series],
         n: int,
         size: int,
         prompt: bool,
     ) -> Merged:
-        codec, (a, b) = self.codec, waiting
+        codec, first = self.codec, waiting[0].sink
+        a, b = (series.window for series in waiting)
         if merged is None:
             empty = Room.of(a.tokens(0, 0))
             merged = Merged(self.method, Coded(codec, role, self.layer) if codec else empty)
         rank = 0 if codec is None else codec.prefill_rank if prompt else codec.rank
-        for start in range(0, n, size):
+        for start in range(first, first + n, size):
             merged.append(a.tokens(start, start + size), b.tokens(start, start + size), rank)
         return merged
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from kvc.backends.base import Array, ops_of
 from kvc.errors import ShapeError
-from kvc.ops.attention import with_sinks
 from kvc.store.room import Room
 from kvc.store.unit import Part, Query, Unit
 from kvc.store.watch import RECALL, Watch, mass
@@ -156,10 +155,7 @@ class Slot:
         pieces, which = [], self.layers.index(layer)
         for rows, unit in self.units():
             part = query._replace(q=_rows(query.q, rows))
-            answer = unit.faces[which].attend(part)
-            if query.sinks is not None:
-                answer = with_sinks(answer, query.sinks)
-            pieces.append((rows, answer.out))
+            pieces.append((rows, unit.faces[which].attend(part).out))
         return _in_order(pieces)
 
     def read(self, layer: int, n: int) -> tuple[Array, Array]:

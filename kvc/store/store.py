@@ -162,7 +162,7 @@ class KVStore:
         """
         owner = self._owners[layer]
         query = self._heard(Query(q, scale, softcap, sinks, layer))
-        return ops_of(q).astype(self._slot_of[owner].attend(owner, query), q.dtype)
+        return self._slot_of[owner].attend(owner, query)
 
     def _heard(self, query: Query) -> Query:
         if self.listener:

@@ -1,4 +1,4 @@
-"""The cache of one layer's rows of one length: sinks, a compressed past, a window of the newest."""
+"""The cache of one layer's rows of one length: sinks, a compressed past, the newest tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from kvc.backends.base import Array, ops_of
 from kvc.methods.gear import Gear
-from kvc.ops.attention import Partial, Past, attend_coded, attend_dense, join
+from kvc.ops.attention import Partial, attend_coded, attend_dense
+from kvc.ops.past import Layout, Past
 from kvc.ops.quant import Role
 from kvc.store.coded import Coded
 from kvc.store.room import Room
@@ -16,55 +17,57 @@ from kvc.store.unit import Part, Query, check_finite
 
 @dataclass(slots=True)
 class Series:
-    """K or V: the first tokens as they came, the past, the newest tokens as they came."""
+    """K or V: a compressed past, and a window of tokens as they came: sinks, then the newest."""
 
     window: Room
-    sink: Room | None = None
+    sink: int = 0  # tokens at the window's front that are older than the past, and stay
     past: Past | None = None
 
     @property
     def n(self) -> int:
         """How many tokens there are."""
-        sink, past = self.sink, self.past
-        return (sink.n if sink else 0) + (past.n if past else 0) + self.window.n
+        return self.window.n + (self.past.n if self.past else 0)
+
+    @property
+    def newest(self) -> int:
+        """How many of the newest are in the window."""
+        return self.window.n - self.sink
 
     def older(self, exact: int) -> Past | None:
         """All tokens between the sinks and the newest `exact`."""
-        if self.window.n == exact:
+        if self.newest == exact:
             return self.past
-        return _Behind(self.past, self.window, self.window.n - exact)
-
-    def take_sink(self, n: int) -> None:
-        """Moves the first `n` tokens out of the window, for good."""
-        self.sink = self.window.part(0, n)
-        self.drop(n, 0)
+        return _Behind(self.past, self.window, self.sink, self.newest - exact)
 
     def drop(self, n: int, capacity: int) -> None:
-        """Forgets the window's oldest `n` tokens, which others hold now."""
-        self.window = self.window.part(n, self.window.n, capacity)
+        """Forgets the window's oldest `n` tokens behind the sinks, which others hold now."""
+        if not self.sink:
+            self.window = self.window.part(n, self.window.n, capacity)
+            return
+        sinks, rest = self.window.tokens(0, self.sink), self.window.tokens(self.sink + n)
+        self.window = Room.of(ops_of(rest).concat([sinks, rest], 2))
+        self.window.reserve(self.sink + capacity)
 
     def read(self) -> Array:
         """All tokens [B, H, T, D] as attention sees them, in the dtype that came."""
-        xp, pieces = ops_of(self.window.x), [self.window.tokens()]
-        if self.past and self.past.n:
-            past = self.past.turn(self.past.read(0, self.past.n))
-            pieces.insert(0, xp.astype(past, self.window.x.dtype))
-        if self.sink:
-            pieces.insert(0, self.sink.tokens())
-        return xp.concat(pieces, 2)
+        if self.past is None or self.past.n == 0:
+            return self.window.tokens()
+        xp, dtype = ops_of(self.window.x), self.window.x.dtype
+        past = xp.astype(self.past.turn(self.past.read(0, self.past.n)), dtype)
+        return xp.concat([self.window.tokens(0, self.sink), past, self.window.tokens(self.sink)], 2)
 
     def parts(self) -> Iterator[Part]:
         """Every array that is held as it came."""
-        for room in filter(None, (self.window, self.sink)):
-            yield "window", room.x, room.slack
+        yield "window", self.window.x, self.window.slack
 
 
 @dataclass(slots=True)
 class _Behind:
-    """A past, and the first `more` tokens of the window behind it."""
+    """A past, and behind it `more` tokens of the window, from `first` on."""
 
     past: Past | None
     window: Room
+    first: int
     more: int
 
     @property
@@ -78,12 +81,19 @@ class _Behind:
         if self.past and start < before:
             pieces.append(self.past.read(start, min(stop, before)))
         if stop > before:
-            exact = self.window.tokens(max(start - before, 0), stop - before)
+            begin, end = max(start - before, 0), stop - before
+            exact = self.window.tokens(self.first + begin, self.first + end)
             pieces.append(xp.promote(exact))
         return pieces[0] if len(pieces) == 1 else xp.concat(pieces, 2)
 
     def turn(self, x: Array) -> Array:
         return x  # the codec of a sliding window does not rotate
+
+    def layout(self) -> Layout | None:
+        return None
+
+    def pieces(self) -> Sequence[Past]:
+        return [self]
 
 
 @dataclass(slots=True)
@@ -107,7 +117,7 @@ class Tokens:
     @property
     def held(self) -> int:
         """How many of the newest tokens can be forgotten."""
-        return min(self.k.window.n, self.v.window.n)
+        return min(self.k.newest, self.v.newest)
 
     def append(self, k: Array, v: Array) -> None:
         """Adds tokens [B, H, L, D]."""
@@ -128,14 +138,12 @@ class Tokens:
         n_k = n_v = due(codec, self.k, codec.buffer)
         slides = codec.value_window == "sliding"  # the newest `buffer` values stay, whatever K does
         if slides:
-            n_v = max(0, self.v.window.n - (0 if self.v.sink else codec.sink) - codec.buffer)
+            n_v = max(0, self.v.window.n - codec.sink - codec.buffer)
         if n_k + n_v == 0:
             return
-        oldest = (0 if self.k.sink else codec.sink) + max(n_k, n_v)
+        oldest = codec.sink + max(n_k, n_v)
         check_finite(self.layer, self.k.window.tokens(0, oldest), self.v.window.tokens(0, oldest))
-        if codec.sink and not self.k.sink:
-            self.k.take_sink(codec.sink)
-            self.v.take_sink(codec.sink)
+        self.k.sink = self.v.sink = codec.sink
         size_v = 1 if slides else codec.buffer
         self._code(self.k, "k", codec, n_k, n_k if prompt else codec.buffer, prompt)
         self._code(self.v, "v", codec, n_v, n_v if prompt else size_v, prompt)
@@ -149,7 +157,7 @@ class Tokens:
         if not isinstance(past, Coded):
             series.past = past = Coded(codec, role, self.layer)
         for start in range(0, n, size):
-            block = series.window.tokens(start, start + size)
+            block = series.window.tokens(series.sink + start, series.sink + start + size)
             past.append(block, codec.prefill_rank if prompt else codec.rank)
         spare = codec.value_window == "sliding" and role == "v"  # the token that slides out next
         series.drop(n, codec.window + codec.buffer + spare)
@@ -157,16 +165,21 @@ class Tokens:
     def attend(self, query: Query) -> Partial:
         """The answer of all tokens; the newest L are the queries' own."""
         q, scale, softcap = query.q, query.scale, query.softcap
-        k, v, exact = self.k, self.v, self.held
-        newest_k, newest_v = (room.tokens(room.n - exact) for room in (k.window, v.window))
-        parts = [attend_dense(q, newest_k, newest_v, scale, causal=True, softcap=softcap)]
-        if k.sink and v.sink:
-            first_k, first_v = k.sink.tokens(), v.sink.tokens()
-            parts.append(attend_dense(q, first_k, first_v, scale, softcap=softcap))
+        k, v, exact, parts = self.k, self.v, self.held, []
         older_k, older_v = k.older(exact), v.older(exact)
         if older_k and older_v and older_k.n:
-            parts.append(attend_coded(q, older_k, older_v, scale, softcap=softcap))
-        return join(parts)
+            for piece_k, piece_v in _pieces(older_k, older_v):
+                parts.append(attend_coded(q, piece_k, piece_v, scale, softcap=softcap))
+        start_k = start_v = 0
+        if k.newest != v.newest:  # a sliding window: its tokens are not behind the sinks
+            start_k, start_v = k.window.n - exact, v.window.n - exact
+            if k.sink:
+                sink_k, sink_v = k.window.tokens(0, k.sink), v.window.tokens(0, k.sink)
+                parts.append(attend_dense(q, sink_k, sink_v, scale, softcap=softcap))
+        return attend_dense(
+            q, k.window.tokens(start_k), v.window.tokens(start_v), scale,
+            causal=True, softcap=softcap, joined=parts, sinks=query.sinks, dtype=q.dtype,
+        )  # fmt: skip
 
     def read(self) -> tuple[Array, Array]:
         """K and V [B, H, T, D] as attention sees them, in the dtype that came."""
@@ -184,7 +197,7 @@ class Tokens:
             past = series.past
             return Series(
                 series.window.rows(rows),
-                series.sink.rows(rows) if series.sink else None,
+                series.sink,
                 past.rows(rows) if isinstance(past, Coded) else past,
             )
 
@@ -200,5 +213,13 @@ class Tokens:
 
 def due(codec: Gear, series: Series, size: int) -> int:
     """How many tokens behind the sinks are older than the codec's window, in whole `size`s."""
-    free = series.window.n - (0 if series.sink else codec.sink) - codec.window
+    free = series.window.n - codec.sink - codec.window
     return max(0, free // size * size)
+
+
+def _pieces(k: Past, v: Past) -> list[tuple[Past, Past]]:
+    """Keys and values in pieces of the same tokens, as few as there are layouts in memory."""
+    of_k, of_v = k.pieces(), v.pieces()
+    if [piece.n for piece in of_k] != [piece.n for piece in of_v]:
+        return [(k, v)]
+    return list(zip(of_k, of_v, strict=True))

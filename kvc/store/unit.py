@@ -35,7 +35,7 @@ class Face(Protocol):
         """Adds tokens [B, H, L, D]."""
 
     def attend(self, query: Query) -> Partial:
-        """The answer of all tokens; the newest L are the queries' own."""
+        """The answer of all tokens, in the queries' dtype; the newest L are the queries' own."""
 
     def read(self) -> tuple[Array, Array]:
         """K and V [B, H, T, D] as attention sees them, in the dtype that came.

@@ -19,7 +19,7 @@ from kvc.backends.base import Array, ops_of
 from kvc.calibrate.less.capture import Captured, Halves, half_file
 from kvc.calibrate.less.policy import Run, simulate
 from kvc.methods.less import Less
-from kvc.ops.attention import attend_dense, with_sinks
+from kvc.ops.attention import attend_dense
 
 CHUNK = 128  # tokens whose products with their own queries are made at once
 ROWS = 8  # sequences that a policy runs over side by side
@@ -96,7 +96,6 @@ def exact_of(
     """All tokens' answers to the queries after the first eviction, and their log-sum-exp."""
     xp, query = ops_of(like), captured.query
     q, k, v = (xp.from_numpy(x[rows], like) for x in captured[:3])
-    full = attend_dense(q, k, v, query.scale, causal=True, softcap=query.softcap)
-    full = full if query.sinks is None else with_sinks(full, query.sinks)
+    full = attend_dense(q, k, v, query.scale, causal=True, softcap=query.softcap, sinks=query.sinks)
     late = slice(c + 1, None)
     return xp.to_numpy(full.out[:, :, late]), xp.to_numpy(full.lse[:, :, late]).astype(np.float64)
