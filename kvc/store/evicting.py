@@ -128,7 +128,7 @@ class Evicting:
         Raises:
             KVCError: if a prompt's K or V hold NaN or infinity, naming the layer.
         """
-        if prompt:  # single tokens are not looked at: it would stall the device at every step
+        if prompt:  # later tokens are not looked at: it would stall the device
             check_finite(self.layer, self.k, self.v)
         transient = self._latest() if self.less.policy == "tova" else None
         self._account()

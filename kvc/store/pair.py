@@ -74,14 +74,14 @@ class Pair:
         A prompt's are merged as one block; later ones as they are due.
 
         Raises:
-            KVCError: if K or V hold NaN or infinity, naming the layer.
+            KVCError: if a prompt's K or V hold NaN or infinity, naming the layer.
         """
         policy = self.method.policy(coded=self.codec is not None)
         n, size = self._due(policy, prompt)
         if n == 0:
             return
         a, b = self.tails
-        if size > 1:  # single tokens are not looked at: it would stall the device at every step
+        if prompt:  # later tokens are not looked at: it would stall the device
             for layer, tail in enumerate(self.tails, self.layer):
                 check_finite(layer, tail.k.window.tokens(0, n), tail.v.window.tokens(0, n))
         for series in (s for tail in self.tails for s in (tail.k, tail.v)):

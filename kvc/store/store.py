@@ -96,7 +96,7 @@ class KVStore:
         Raises:
             ShapeError: if the tokens do not fit those before.
             ConfigError: if the method's groups do not fit the head dimension.
-            KVCError: if older tokens that are compressed now hold NaN or infinity.
+            KVCError: if a prompt that is compressed now holds NaN or infinity.
         """
         if not self._lengths[layer]:
             self._begin(layer, k)

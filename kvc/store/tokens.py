@@ -130,7 +130,7 @@ class Tokens:
         A prompt's are coded as one block with the prompt's rank, later ones a buffer at a time.
 
         Raises:
-            KVCError: if K or V hold NaN or infinity, naming the layer.
+            KVCError: if a prompt's K or V hold NaN or infinity, naming the layer.
         """
         codec = self.codec
         if codec is None:
@@ -141,8 +141,10 @@ class Tokens:
             n_v = max(0, self.v.window.n - codec.sink - codec.buffer)
         if n_k + n_v == 0:
             return
-        oldest = codec.sink + max(n_k, n_v)
-        check_finite(self.layer, self.k.window.tokens(0, oldest), self.v.window.tokens(0, oldest))
+        if prompt:  # later blocks are not looked at: it would stall the device
+            oldest = codec.sink + max(n_k, n_v)
+            k, v = (series.window.tokens(0, oldest) for series in (self.k, self.v))
+            check_finite(self.layer, k, v)
         self.k.sink = self.v.sink = codec.sink
         size_v = 1 if slides else codec.buffer
         self._code(self.k, "k", codec, n_k, n_k if prompt else codec.buffer, prompt)

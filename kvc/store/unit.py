@@ -62,7 +62,7 @@ class Unit(Protocol):
         """Compresses what is due; `prompt` says whether that is the prompt or a piece of it.
 
         Raises:
-            KVCError: if K or V hold NaN or infinity, naming the layer.
+            KVCError: if a prompt's K or V hold NaN or infinity, naming the layer.
         """
 
     def rows(self, rows: Sequence[int]) -> Unit:
