@@ -11,7 +11,7 @@ from kvc.cli.info import info
 from kvc.cli.push import push
 from kvc.cli.search import search
 from kvc.cli.train import train
-from kvc.errors import KVCError
+from kvc.errors import KernelUnavailable, KVCError
 
 
 class _Group(click.Group):
@@ -20,7 +20,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except KVCError as error:
+        except (KVCError, KernelUnavailable) as error:
             click.echo(f"kvc: {str(error).removeprefix('kvc: ')}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:

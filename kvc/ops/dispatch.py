@@ -95,7 +95,10 @@ def op(define: F) -> F:
         if reason is None:
             return _kernel(name, library).run(*args, **kwargs)
         if _mode == "fused":
-            raise KernelUnavailable(f"{name}: {reason}")
+            raise KernelUnavailable(
+                f"{name}: expected a kernel in mode fused, but {reason}; mode auto takes the "
+                "definition where there is none"
+            )
         return define(*args, **kwargs)
 
     run.define = define  # type: ignore[attr-defined]
