@@ -36,6 +36,11 @@ def astype(x: Array, dtype: Any) -> Array:
     return x.astype(dtype)
 
 
+def octets(words: Array) -> Array:
+    """The bytes [..., 4 n] of words [..., n], the lowest first."""
+    return words.view(mx.uint8)
+
+
 def promote(x: Array) -> Array:
     """To the type that sums are taken in: float64 stays, everything else becomes float32."""
     return x if x.dtype == mx.float64 else x.astype(mx.float32)

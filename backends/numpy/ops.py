@@ -41,6 +41,11 @@ def astype(x: Array, dtype: Any) -> Array:
     return x.astype(dtype)
 
 
+def octets(words: Array) -> Array:
+    """The bytes [..., 4 n] of words [..., n], the lowest first."""
+    return words.astype("<u4", order="C", copy=False).view(np.uint8)
+
+
 def promote(x: Array) -> Array:
     """To the type that sums are taken in: float64 stays, everything else becomes float32."""
     return x if x.dtype == np.float64 else x.astype(np.float32)

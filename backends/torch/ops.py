@@ -36,6 +36,11 @@ def astype(x: Array, dtype: Any) -> Array:
     return x.to(dtype)
 
 
+def octets(words: Array) -> Array:
+    """The bytes [..., 4 n] of words [..., n], the lowest first."""
+    return words.contiguous().view(torch.uint8)
+
+
 def promote(x: Array) -> Array:
     """To the type that sums are taken in: float64 stays, everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.to(torch.float32)

@@ -51,11 +51,14 @@ def pack(codes: Array, bits: int) -> Array:
 
 
 def unpack(words: Array, bits: int, n: int) -> Array:
-    """The first `n` codes of each row of words, in the word's dtype."""
+    """The first `n` codes of each row of words, as bytes."""
     xp = ops_of(words)
-    per = 32 // bits
-    codes = xp.stack([(words >> (j * bits)) & (2**bits - 1) for j in range(per)], -1)
-    return codes.reshape(*words.shape[:-1], words.shape[-1] * per)[..., :n]
+    # shifting bytes moves a quarter of what shifting words moves
+    octets = xp.octets(words)
+    if bits == 8:
+        return octets[..., :n]
+    codes = xp.stack([(octets >> j) & (2**bits - 1) for j in range(0, 8, bits)], -1)
+    return codes.reshape(*words.shape[:-1], words.shape[-1] * (32 // bits))[..., :n]
 
 
 def pack_tokens(codes: Array, bits: int, role: Role) -> Array:

@@ -83,7 +83,8 @@ class Coded:
         if self.runs and self.runs[-1].spec == spec and _alike(self.runs[-1].code, code):
             self.runs[-1].append(code)
         else:
-            self.runs.append(Run(map_code(lambda x: x[None], code), spec, 1))
+            # a copy, as libraries may hand over arrays with their axes in another order
+            self.runs.append(Run(map_code(lambda x: ops_of(x).copy(x[None]), code), spec, 1))
 
     def read(self, start: int, stop: int) -> Array:
         """Tokens start to stop, decoded, in the coordinates they are stored in."""
