@@ -170,3 +170,12 @@ def orthonormal(x: Array) -> Array:
         norm = mx.sqrt(mx.sum(c * c, -2, keepdims=True))
         columns.append(mx.where(norm > 1e-5, c / mx.maximum(norm, 1e-5), 0))
     return mx.concatenate(columns, -1)
+
+
+def quantized_matmul(
+    x: Array, words: Array, step: Array, low: Array, size: int, bits: int
+) -> Array | None:
+    """`x` (step code + low), for groups of `size` that MLX knows; else None."""
+    if size not in (32, 64, 128) or step.shape[-1] * size * bits != 32 * words.shape[-1]:
+        return None
+    return mx.quantized_matmul(x, words, step, low, False, size, bits)

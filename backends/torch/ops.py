@@ -156,3 +156,10 @@ def after(x: Array, done: Array) -> Array:
 def orthonormal(x: Array) -> Array:
     """The thin QR's Q of matrices [..., n, r], n >= r."""
     return torch.linalg.qr(x)[0]
+
+
+def quantized_matmul(
+    x: Array, words: Array, step: Array, low: Array, size: int, bits: int
+) -> Array | None:
+    """None: PyTorch has none for groups along the columns."""
+    return None

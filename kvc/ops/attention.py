@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from kvc.ops.dispatch import op
 from kvc.ops.past import Past
 
 TILE = 2048  # coded tokens that are read at a time; bounds what attention holds decoded
+FEW = 8  # queries for which tokens are not decoded
+CACHED = 2**19  # numbers of coded tokens that few queries take at a time, to stay in a CPU's cache
 SCORES = 2**20  # scores that are held at a time, over all heads and rows
 
 
@@ -62,8 +65,8 @@ def _answer(
 ) -> Partial:
     """`attend_dense` over its own tokens alone."""
     xp = ops_of(q)
-    B, Hq, L, D = q.shape
-    H, T = k.shape[1], k.shape[2]
+    B, Hq, L, _ = q.shape
+    T = k.shape[2]
     if T == 0:  # a row that has had nothing but padding so far
         return Partial(xp.promote(q) * 0, xp.promote(q)[..., 0] * 0 - np.inf)
     step = max(1, SCORES // (B * Hq * T))
@@ -81,16 +84,23 @@ def _answer(
     scores = scores_of(q, k, scale, softcap, valid)
     if causal and L > 1:
         scores = xp.where(causal_mask(L, T, q), scores, -np.inf)
+    return _softmax(scores, lambda p: p @ xp.promote(v))
+
+
+def _softmax(scores: Array, sums: Callable[[Array], Array]) -> Partial:
+    """The answer from scores [B, H, G, L, T]; `sums` weighs the values by p [B, H, G L, T]."""
+    xp = ops_of(scores)
+    B, H, G, L, T = scores.shape
     top = xp.maximum(xp.max(scores, -1, keepdims=True), -1e30)  # finite where nothing is seen
     p = xp.exp(scores - top)
     total = xp.sum(p, -1, keepdims=True)
     some = total > 0
     safe = xp.where(some, total, 1.0)
-    out = (p / safe).reshape(B, H, Hq // H * L, T) @ xp.promote(v)
+    out = sums((p / safe).reshape(B, H, G * L, T))
     lse = xp.where(some, top + xp.log(safe), -np.inf)
     # a join asks for the lse of all tiles first: lazily, all their probabilities would wait for it
     lse = xp.after(lse, out)
-    return Partial(out.reshape(B, Hq, L, D), lse.reshape(B, Hq, L))
+    return Partial(out.reshape(B, H * G, L, -1), lse.reshape(B, H * G, L))
 
 
 @op
@@ -109,12 +119,22 @@ def attend_coded(
 
     Shapes: q [B, Hq, L, D]; k, v of n tokens each; valid bool [B, H or 1, n].
     """
-    turned, parts = k.turn(q), []
-    for start in range(0, k.n, TILE):
-        stop = min(start + TILE, k.n)
+    xp, turned, parts = ops_of(q), k.turn(q), []
+    B, Hq, L, D = q.shape
+    H = k.n_kv_heads
+    few = L <= FEW
+    tile = max(64, CACHED // (B * H * D)) if few else TILE
+    for start in range(0, k.n, tile):
+        stop = min(start + tile, k.n)
         some = None if valid is None else valid[:, :, start:stop]
-        keys, values = k.read(start, stop), v.read(start, stop)
-        parts.append(_answer(turned, keys, values, scale, False, softcap, some))
+        if few:
+            grouped = xp.promote(turned).reshape(B, H, Hq // H * L, D)
+            products = k.scores(grouped, start, stop).reshape(B, H, Hq // H, L, stop - start)
+            scores = _capped(products * scale, softcap, some)
+            parts.append(_softmax(scores, partial(v.sums, start=start, stop=stop)))
+        else:  # one decoding is cheap for so many
+            keys, values = k.read(start, stop), v.read(start, stop)
+            parts.append(_answer(turned, keys, values, scale, False, softcap, some))
     out, lse = join(parts)
     return Partial(v.turn(out), lse)
 
@@ -209,7 +229,13 @@ def scores_of(
     B, Hq, L, D = q.shape
     H, T = k.shape[1], k.shape[2]
     grouped = xp.promote(q).reshape(B, H, Hq // H * L, D)
-    scores = ((grouped @ xp.promote(k).swapaxes(-1, -2)) * scale).reshape(B, H, Hq // H, L, T)
+    products = (grouped @ xp.promote(k).swapaxes(-1, -2)).reshape(B, H, Hq // H, L, T)
+    return _capped(products * scale, softcap, valid)
+
+
+def _capped(scores: Array, softcap: float | None, valid: Array | None) -> Array:
+    """Scores [B, H, Hq / H, L, T] soft-capped, -inf at keys that are not valid."""
+    xp = ops_of(scores)
     if softcap:
         scores = xp.tanh(scores / softcap) * softcap
     return scores if valid is None else xp.where(valid[:, :, None, None, :], scores, -np.inf)

@@ -38,8 +38,20 @@ class Past(Protocol):
     def n(self) -> int:
         """How many tokens there are."""
 
+    @property
+    def n_kv_heads(self) -> int:
+        """How many heads they have."""
+
     def read(self, start: int, stop: int) -> Array:
         """Tokens [B, H, stop - start, D] in the coordinates they are stored in."""
+
+    def scores(self, q: Array, start: int, stop: int) -> Array:
+        """Products [B, H, R, stop - start] of q [B, H, R, D] with tokens, as keys."""
+        return q @ self.read(start, stop).swapaxes(-1, -2)
+
+    def sums(self, p: Array, start: int, stop: int) -> Array:
+        """Sums [B, H, R, D] of tokens, as values, weighted by p [B, H, R, stop - start]."""
+        return p @ self.read(start, stop)
 
     def turn(self, x: Array) -> Array:
         """`x` [..., D] from the model's coordinates to the stored ones; its own inverse."""

@@ -7,6 +7,7 @@ keys in groups of tokens for each channel, values in groups of channels for each
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from kvc.backends.base import Array, ops_of
@@ -50,15 +51,25 @@ def pack(codes: Array, bits: int) -> Array:
     return out
 
 
+def strands(words: Array, bits: int) -> list[Array]:
+    """The codes of words [..., w] as bytes: strand j has the elements j, j + m, ... of its m.
+
+    Shapes: each [..., 4 w], m = 8 / bits.
+    """
+    octets = ops_of(words).octets(words)  # shifting words would move four times as much
+    return [octets] if bits == 8 else [(octets >> j) & (2**bits - 1) for j in range(0, 8, bits)]
+
+
 def unpack(words: Array, bits: int, n: int) -> Array:
     """The first `n` codes of each row of words, as bytes."""
-    xp = ops_of(words)
-    # shifting bytes moves a quarter of what shifting words moves
-    octets = xp.octets(words)
-    if bits == 8:
-        return octets[..., :n]
-    codes = xp.stack([(octets >> j) & (2**bits - 1) for j in range(0, 8, bits)], -1)
-    return codes.reshape(*words.shape[:-1], words.shape[-1] * (32 // bits))[..., :n]
+    codes = woven(strands(words, bits))
+    return codes[..., :n]
+
+
+def woven(xs: Sequence[Array]) -> Array:
+    """Strands [..., n] as one [..., m n], in the order of `strands`."""
+    whole = ops_of(xs[0]).stack(xs, -1) if len(xs) > 1 else xs[0]
+    return whole.reshape(*xs[0].shape[:-1], len(xs) * xs[0].shape[-1])
 
 
 def pack_tokens(codes: Array, bits: int, role: Role) -> Array:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from kvc.backends.base import Array, ops_of
 from kvc.methods.gear import Gear
+from kvc.ops import folded
 from kvc.ops.codec import Code, Spec, arrays, decode, encode, map_code, turn
-from kvc.ops.past import Layout
+from kvc.ops.past import Layout, Past
 from kvc.ops.quant import Role
 from kvc.store.unit import Part
 
@@ -50,18 +51,48 @@ class Run:
             block = map_code(lambda x: x[first], self.code)
             return decode(block, self.spec, start - first * size, stop - first * size)
 
-        def merged(x: Array) -> Array:
-            return x[first:last].reshape(-1, *x.shape[2:])
-
-        x = decode(map_code(merged, self.code), self.spec)
+        x = decode(self._merged(first, last), self.spec)
         _, H, n, D = x.shape
         x = x.reshape(last - first, -1, H, n, D).swapaxes(0, 1).swapaxes(1, 2)
         x = x.reshape(x.shape[0], H, (last - first) * n, D)
         return x[:, :, start - first * size : stop - first * size]
 
+    def scores(self, q: Array, start: int, stop: int) -> Array:
+        """Products [B, H, R, stop - start] of q [B, H, R, D] with tokens of the run."""
+        size = self.spec.n
+        first, last = start // size, -(-stop // size)
+        if last - first == 1:
+            block = map_code(lambda x: x[first], self.code)
+            return folded.scores(q, block, self.spec, start - first * size, stop - first * size)
+        B, H, R, D = q.shape
+        each = ops_of(q).broadcast_to(q, (last - first, B, H, R, D)).reshape(-1, H, R, D)
+        found = folded.scores(each, self._merged(first, last), self.spec, 0, size)
+        found = found.reshape(last - first, B, H, R, size).swapaxes(0, 1).swapaxes(1, 2)
+        found = found.swapaxes(2, 3).reshape(B, H, R, (last - first) * size)
+        return found[..., start - first * size : stop - first * size]
+
+    def sums(self, p: Array, start: int, stop: int) -> Array:
+        """Sums [B, H, R, D] of tokens of the run weighted by p [B, H, R, stop - start]."""
+        size = self.spec.n
+        first, last = start // size, -(-stop // size)
+        if last - first == 1:
+            block = map_code(lambda x: x[first], self.code)
+            return folded.sums(p, block, self.spec, start - first * size, stop - first * size)
+        if start > first * size or stop < last * size:
+            return p @ self.read(start, stop)
+        B, H, R, _ = p.shape
+        each = p.reshape(B, H, R, last - first, size).swapaxes(2, 3).swapaxes(1, 2).swapaxes(0, 1)
+        each = each.reshape(-1, H, R, size)
+        found = folded.sums(each, self._merged(first, last), self.spec, 0, size)
+        return ops_of(p).sum(found.reshape(last - first, B, H, R, -1), 0)
+
+    def _merged(self, first: int, last: int) -> Code:
+        """Some of the blocks as one with as many more rows."""
+        return map_code(lambda x: x[first:last].reshape(-1, *x.shape[2:]), self.code)
+
 
 @dataclass(slots=True)
-class Coded:
+class Coded(Past):
     """All coded tokens of K or of V of one layer, oldest first; a block is never coded again."""
 
     codec: Gear
@@ -73,6 +104,11 @@ class Coded:
     def n(self) -> int:
         """How many tokens there are."""
         return sum(run.tokens for run in self.runs)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """How many heads they have."""
+        return int(self.runs[0].code.d.codes.shape[2])
 
     def append(self, x: Array, rank: int) -> None:
         """Codes a block of finite tokens [B, H, n, D] with a low-rank fit of `rank`."""
@@ -88,13 +124,31 @@ class Coded:
 
     def read(self, start: int, stop: int) -> Array:
         """Tokens start to stop, decoded, in the coordinates they are stored in."""
-        pieces, at = [], 0
+        pieces = [run.read(*span) for run, *span in self._runs(start, stop)]
+        return pieces[0] if len(pieces) == 1 else ops_of(pieces[0]).concat(pieces, 2)
+
+    def _runs(self, start: int, stop: int) -> Iterator[tuple[Run, int, int]]:
+        """The runs that tokens start to stop lie in, and which of each run's tokens those are."""
+        at = 0
         for run in self.runs:
             begin, end = max(start - at, 0), min(stop - at, run.tokens)
             if begin < end:
-                pieces.append(run.read(begin, end))
+                yield run, begin, end
             at += run.tokens
-        return pieces[0] if len(pieces) == 1 else ops_of(pieces[0]).concat(pieces, 2)
+
+    def scores(self, q: Array, start: int, stop: int) -> Array:
+        """Products [B, H, R, stop - start] of q [B, H, R, D] with tokens, which stay coded."""
+        found = [run.scores(q, *span) for run, *span in self._runs(start, stop)]
+        return found[0] if len(found) == 1 else ops_of(q).concat(found, -1)
+
+    def sums(self, p: Array, start: int, stop: int) -> Array:
+        """Sums [B, H, R, D] weighted by p [B, H, R, stop - start] of tokens, which stay coded."""
+        at, total = 0, None
+        for run, begin, end in self._runs(start, stop):
+            found = run.sums(p[..., at : at + end - begin], begin, end)
+            total = found if total is None else total + found
+            at += end - begin
+        return total
 
     def turn(self, x: Array) -> Array:
         """`x` [..., D] into the coordinates that tokens are stored in, or back."""

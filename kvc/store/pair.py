@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from kvc.backends.base import Array
 from kvc.methods.gear import Gear
 from kvc.methods.minicache import MiniCache
-from kvc.ops.past import Layout
+from kvc.ops.past import Layout, Past
 from kvc.ops.quant import Role
 from kvc.store.coded import Coded
 from kvc.store.merged import Merged
@@ -21,7 +21,7 @@ from kvc.store.unit import Part, check_finite
 
 
 @dataclass(slots=True)
-class Half:
+class Half(Past):
     """What one layer of a pair reads of the merged tokens."""
 
     merged: Merged
@@ -33,6 +33,12 @@ class Half:
         """Merged tokens."""
         start, stop = self.merged.span(self.run)
         return stop - start
+
+    @property
+    def n_kv_heads(self) -> int:
+        """How many heads they have."""
+        directions = self.merged.directions
+        return int(directions.x.shape[1]) if isinstance(directions, Room) else directions.n_kv_heads
 
     def read(self, start: int, stop: int) -> Array:
         """Tokens start to stop, restored."""

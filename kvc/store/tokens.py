@@ -62,7 +62,7 @@ class Series:
 
 
 @dataclass(slots=True)
-class _Behind:
+class _Behind(Past):
     """A past, and behind it `more` tokens of the window, from `first` on."""
 
     past: Past | None
@@ -73,6 +73,10 @@ class _Behind:
     @property
     def n(self) -> int:
         return (self.past.n if self.past else 0) + self.more
+
+    @property
+    def n_kv_heads(self) -> int:
+        return int(self.window.x.shape[1])
 
     def read(self, start: int, stop: int) -> Array:
         before = self.past.n if self.past else 0
