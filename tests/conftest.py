@@ -1,4 +1,7 @@
-"""What every test runs under: offline, few threads, no progress bars; and the fixture `xp`."""
+"""What every test runs under: offline, few threads, no progress bars; and the fixtures.
+
+`xp` are the verbs of each backend, `metal` runs Metal kernels, `sim` counts what they do.
+"""
 
 import os
 
@@ -10,17 +13,20 @@ os.environ.update(
     TQDM_DISABLE="1",
 )  # before any of these libraries is imported
 
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 BACKENDS = ("numpy", "mlx", "torch")
+KNOWN = (*BACKENDS, "clang", "metal")  # clang++ for the simulator, and the GPU of a Mac
 REQUIRED = {name.strip() for name in os.environ.get("KVC_REQUIRE", "").split(",")} - {""}
 
-if unknown := REQUIRED - set(BACKENDS):
-    raise pytest.UsageError(f"KVC_REQUIRE: expected names of {BACKENDS}, got {sorted(unknown)}")
+if unknown := REQUIRED - set(KNOWN):
+    raise pytest.UsageError(f"KVC_REQUIRE: expected names of {KNOWN}, got {sorted(unknown)}")
 
 if find_spec("torch"):
     import torch
@@ -43,3 +49,43 @@ def xp(request: pytest.FixtureRequest) -> ModuleType:
     """The verbs of one backend."""
     need(request.param)
     return import_module(f"kvc.backends.{request.param}.ops")
+
+
+@pytest.fixture
+def metal() -> Iterator[None]:
+    """Metal kernels run, and nothing else: on the GPU of a Mac, in the simulator elsewhere."""
+    need("mlx")
+    import mlx.core as mx
+
+    from kvc.ops.dispatch import mode
+
+    if mx.metal.is_available():
+        with mode("fused"):
+            yield
+        return
+    if "metal" in REQUIRED:
+        pytest.fail("KVC_REQUIRE names metal, and there is no Metal GPU")
+    from tests import metalsim
+
+    metalsim.need()
+    with metalsim.simulate("check"), mode("fused"):
+        yield
+
+
+@pytest.fixture
+def sim() -> Iterator[Any]:
+    """The simulator in its check pass, for what only it can count."""
+    need("mlx")
+    from kvc.ops.dispatch import mode
+    from tests import metalsim
+
+    metalsim.need()
+    with metalsim.simulate("check") as simulation, mode("fused"):
+        yield simulation
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what a Mac proves: `pytest -m metal`."""
+    for item in items:
+        if "metal" in getattr(item, "fixturenames", ()):
+            item.add_marker("metal")
