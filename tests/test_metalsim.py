@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+mx = pytest.importorskip("mlx.core", reason="the simulator needs mlx")
+
+# ruff: noqa: E402
 import kvc.metal_kernels
-from tests.metalsim import Launch, MetalError, need, simulate
+from tests.metalsim import Launch, MetalError, build, need, simulate
 from tests.metalsim.compute import compute
 from tests.metalsim.source import Definition, generate
 
@@ -22,12 +26,12 @@ def _clang() -> None:
 
 @pytest.mark.parametrize("mode", ["check", "fast"])
 @pytest.mark.parametrize(
-    "dtype",
-    (mx.float32, mx.float16, mx.bfloat16, mx.uint8, mx.int8, mx.uint16, mx.int16, mx.uint32)
-    + (mx.int32, mx.uint64, mx.int64, mx.bool_),
-    ids=lambda d: str(d).rpartition(".")[2],
+    "name",
+    ["float32", "float16", "bfloat16", "bool_"]
+    + [f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)],
 )
-def test_arrays_of_every_dtype_go_in_and_out(dtype: mx.Dtype, mode: str) -> None:
+def test_arrays_of_every_dtype_go_in_and_out(name: str, mode: str) -> None:
+    dtype = getattr(mx, name)
     x = (mx.arange(64) % 5).astype(dtype)
     with simulate(mode):
         out = compute(COPY, {"x": x}, (8, 8), dtype)
@@ -213,3 +217,27 @@ def test_source_is_never_made_without_mlx(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(mx, "export_function", refuse)
     with simulate("fast"), pytest.raises(RuntimeError, match="no export"):
         compute(f"{I}out[i] = 1; // never seen before", {"x": mx.zeros((8,))}, (8,))
+
+
+def test_first_process_to_have_an_object_keeps_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def make(to: Path) -> None:
+        (build.folder() / to.name).write_text("first")  # as another process may, meanwhile
+        to.write_text("second")
+
+    kept = build._published("object", make)
+    assert kept.read_text() == "first"
+    assert [*build.folder().iterdir()] == [kept]
+
+
+def test_without_clang_tests_skip_unless_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "CLANG", "clang++-0")
+    monkeypatch.setenv("KVC_REQUIRE", "mlx")
+    with pytest.raises(pytest.skip.Exception, match=r"clang\+\+-0 is not installed"):
+        need()
+    monkeypatch.setenv("KVC_REQUIRE", "mlx, clang")
+    with pytest.raises(pytest.fail.Exception, match=r"KVC_REQUIRE names clang"):
+        need()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
+mx = pytest.importorskip("mlx.core", reason="the simulator needs mlx")
+
+# ruff: noqa: E402
 from tests.metalsim import need, simulate
 from tests.metalsim.compute import compute
 

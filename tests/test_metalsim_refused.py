@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
 import pytest
 
+mx = pytest.importorskip("mlx.core", reason="the simulator needs mlx")
+
+# ruff: noqa: E402
 from tests.metalsim import CompileError, need, simulate
 from tests.metalsim.compute import compute
 
-I = "const uint i = thread_position_in_grid.x;\n"  # noqa: E741
+I = "const uint i = thread_position_in_grid.x;\n"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,9 +9,11 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import mlx.core as mx
 import pytest
 
+mx = pytest.importorskip("mlx.core", reason="the simulator needs mlx")
+
+# ruff: noqa: E402
 from tests.metalsim import MetalError, need
 from tests.metalsim.build import mlx_include
 from tests.metalsim.lint import complaints

@@ -15,6 +15,6 @@ def need() -> None:
     import pytest
 
     if reason := missing():
-        if "clang" in os.environ.get("KVC_REQUIRE", "").split(","):
+        if "clang" in {name.strip() for name in os.environ.get("KVC_REQUIRE", "").split(",")}:
             pytest.fail(f"KVC_REQUIRE names clang: {reason}")
         pytest.skip(reason)

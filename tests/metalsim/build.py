@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -47,7 +47,6 @@ _PASSES = {
 _DIAGNOSTIC = re.compile(r"^(\S+:\d+:\d+: )(?:fatal )?(error|warning|note)", re.MULTILINE)
 _COUNT = re.compile(r"^\d+ (?:warning|error)s? .*generated\.$", re.MULTILINE)
 _TO_BFLOAT = re.compile(r" to (?:'[^']*' \(aka )?'[^']*(?:bfloat|__bf16)'")  # Metal has none
-_RULES = ("build.py", "lint.py")
 # Words of C++ that Metal does not have
 _POISON = "#pragma GCC poison double goto virtual new delete dynamic_cast typeid try catch throw\n"
 
@@ -90,6 +89,12 @@ def missing() -> str | None:
     return None if shutil.which(CLANG) else f"{CLANG} is not installed"
 
 
+@cache
+def _rules() -> list[str]:
+    """What decides how a kernel is compiled, and whether it is accepted."""
+    return [(HERE / name).read_text() for name in ("build.py", "lint.py")]
+
+
 def _digest(*parts: object) -> str:
     return hashlib.sha256("\0".join(map(str, (CLANG, *parts))).encode()).hexdigest()[:24]
 
@@ -106,8 +111,8 @@ def _published(name: str, make: Callable[[Path], None]) -> Path:
     return final
 
 
-def _clang(arguments: Sequence[str | Path]) -> subprocess.Popen[str]:
-    return subprocess.Popen([CLANG, *arguments], stderr=subprocess.PIPE, text=True)
+def _start(*command: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def _finish(*processes: subprocess.Popen[str]) -> None:
@@ -132,10 +137,12 @@ def runtime() -> Path:
     sources = sorted(HERE.glob("runtime/*.cpp"))
     texts = [p.read_text() for p in (*sources, *HERE.glob("runtime/*.h"), HERE / "include/abi.h")]
 
-    def make(to: Path) -> None:
-        _finish(_clang(["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", *sources, "-o", to]))
+    flags = shlex.split("-std=c++17 -O2 -g1 -fPIC -shared -Wl,--no-as-needed -lm")
 
-    return _published(f"runtime-{_digest(*texts)}.so", make)
+    def make(to: Path) -> None:
+        _finish(_start(CLANG, *sources, *flags, "-o", to))
+
+    return _published(f"runtime-{_digest(*flags, *texts)}.so", make)
 
 
 def mlx_include() -> Path:
@@ -172,7 +179,7 @@ def _prefix(mode: str) -> Path:
     header = _published(f"prefix-{digest}.h", lambda to: to.write_text(text) and None)
 
     def make(to: Path) -> None:
-        _finish(_clang([*flags, "-x", "c++-header", header, "-o", to]))
+        _finish(_start(CLANG, *flags, "-x", "c++-header", header, "-o", to))
 
     return _published(f"prefix-{digest}.pch", make)
 
@@ -208,7 +215,6 @@ def _build(
     instance = (
         "" if source.call == source.kernel else f"template decltype({source.call}) {source.call};\n"
     )
-    flags = [*_LANGUAGE, *_PASSES[mode]]
 
     def make(to: Path) -> None:
         own = to.parent
@@ -222,17 +228,15 @@ def _build(
             )
             running.insert(0, check)
         _finish(*running)
-        # the sanitizers' own runtimes stay out: ours answers their calls
-        _finish(_clang(["-shared", compiled, runtime(), "-lm", "-o", to]))
+        # ours is the only runtime that answers the sanitizers' calls; it brings the math library
+        _finish(_start("ld", "-shared", compiled, runtime(), "-o", to))
 
-    made_of = [runtime(), _prefix(mode)]
-    if strict:  # what was accepted once was so by these rules
-        made_of += [_prefix("strict"), *(HERE.joinpath(x).read_text() for x in _RULES)]
-    digest = _digest(body, entry, *flags, *made_of)
+    made_of = [runtime(), _prefix(mode), *([_prefix("strict")] if strict else [])]
+    digest = _digest(body, entry, *made_of, *_rules())
     return Binary(_published(f"kernel-{digest}.so", make), source, tuple(params))
 
 
 def _compile(unit: Path, text: str, mode: str, *arguments: str | Path) -> subprocess.Popen[str]:
     unit.write_text(text)
     flags = [*_LANGUAGE, *_PASSES[mode], "-include-pch", _prefix(mode)]
-    return _clang([*flags, *arguments, unit])
+    return _start(CLANG, *flags, *arguments, unit)

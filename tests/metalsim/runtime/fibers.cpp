@@ -1,6 +1,7 @@
 // The threads of a threadgroup as fibers, and the scheduler that runs them in a chosen order.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <deque>
 
