@@ -33,6 +33,9 @@ if find_spec("torch"):
 
     torch.set_num_threads(1)  # ops this small wait for each other longer than they run
 
+if not find_spec("mlx"):
+    collect_ignore_glob = ["test_metal_*.py"]  # they build MLX's arrays where they are read
+
 
 def need(library: str) -> None:
     """Skips a test whose library is missing; fails it where KVC_REQUIRE names the library."""

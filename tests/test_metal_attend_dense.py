@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +19,6 @@ from tests.conftest import need
 from tests.tolerances import TOLERANCES
 
 INCLUDED = ("softmax",)
-
-
-@pytest.fixture
-def sim() -> Iterator[metalsim.Simulation]:
-    need("mlx")
-    metalsim.need()
-    with metalsim.simulate("check") as simulation, mode("fused"):
-        yield simulation
 
 
 def inputs(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -73,7 +64,7 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_it_is_the_definition(sim: metalsim.Simulation, case: Case) -> None:
+def test_it_is_the_definition(metal: None, case: Case) -> None:
     check(case)
 
 
@@ -115,9 +106,7 @@ def test_it_is_the_definition_at_any_size(case: Case) -> None:
 
 @pytest.mark.parametrize("T", [70, 600])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_in_16_bits_it_is_the_same_answer_rounded(
-    sim: metalsim.Simulation, dtype: str, T: int
-) -> None:
+def test_in_16_bits_it_is_the_same_answer_rounded(metal: None, dtype: str, T: int) -> None:
     from kvc.backends.mlx import ops as xp
 
     given, options = inputs(Case(dtype, G=4, T=T))
@@ -157,19 +146,19 @@ def check_traffic(sim: metalsim.Simulation, T: int) -> None:
 
 
 @pytest.mark.parametrize("T", [100, 1000, 4096])
-def test_a_byte_is_moved_once(sim: metalsim.Simulation, T: int) -> None:
+def test_a_byte_is_moved_once(sim: Any, T: int) -> None:
     check_traffic(sim, T)
 
 
 @pytest.mark.parametrize(("G", "L"), [(16, 1), (4, 4)])
-def test_all_queries_of_a_group_share_one_read(sim: metalsim.Simulation, G: int, L: int) -> None:
+def test_all_queries_of_a_group_share_one_read(sim: Any, G: int, L: int) -> None:
     given, options = large(300, G=G, L=L)
     attend_dense(*given, **options)
     read = sim.launches[0].loaded_by
     assert (read["k"], read["v"]) == (given[1].nbytes, given[2].nbytes)
 
 
-def test_a_window_is_one_launch(sim: metalsim.Simulation) -> None:
+def test_a_window_is_one_launch(sim: Any) -> None:
     given, options = large(300, joined=(0, 4), sinks=True)
     attend_dense(*given, **options)
     assert len(sim.launches) == 1
@@ -179,15 +168,13 @@ def test_a_window_is_one_launch(sim: metalsim.Simulation) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "D"), [("float16", 128), ("float32", 256)])
-def test_threadgroup_memory_leaves_room_for_others(
-    sim: metalsim.Simulation, dtype: str, D: int
-) -> None:
+def test_threadgroup_memory_leaves_room_for_others(sim: Any, dtype: str, D: int) -> None:
     given, options = inputs(Case(dtype, G=8, D=D))
     attend_dense(*given, **options)
     assert sim.launches[0].threadgroup_bytes <= 16384
 
 
-def test_what_it_does_not_take_it_says(sim: metalsim.Simulation) -> None:
+def test_what_it_does_not_take_it_says(metal: None) -> None:
     import mlx.core as mx
 
     def reason(Hq: int = 2, L: int = 1, D: int = 64, wide: int = 64, **other: Any) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,7 @@ from kvc.ops.evict import Kernels, attend_state
 from tests import metalsim
 from tests.cases import array, assert_close, exact, view
 from tests.cases.attend_state import CASES, Case, args
-from tests.conftest import need
 from tests.tolerances import TOLERANCES
-
-
-@pytest.fixture
-def sim() -> Iterator[metalsim.Simulation]:
-    need("mlx")
-    metalsim.need()
-    with metalsim.simulate("check") as simulation, mode("fused"):
-        yield simulation
 
 
 def inputs(case: Case) -> tuple[Any, Any, Any, Kernels]:
@@ -49,7 +39,7 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_it_is_the_definition(sim: metalsim.Simulation, case: Case) -> None:
+def test_it_is_the_definition(metal: None, case: Case) -> None:
     check(case)
 
 
@@ -61,7 +51,7 @@ def check_quickly() -> None:
 
 
 @pytest.mark.parametrize("B", [1, 2])
-def test_a_byte_is_moved_once(sim: metalsim.Simulation, B: int) -> None:
+def test_a_byte_is_moved_once(sim: Any, B: int) -> None:
     q, state, norm, kernels = inputs(Case(B=B, H=8, G=4, D=128, M=512))
     out, lse = attend_state(q, state, norm, kernels)
     (launch,) = sim.launches
@@ -70,14 +60,14 @@ def test_a_byte_is_moved_once(sim: metalsim.Simulation, B: int) -> None:
     assert least <= launch.loaded + launch.stored <= 1.10 * least
 
 
-def test_threadgroup_memory_leaves_room_for_others(sim: metalsim.Simulation) -> None:
+def test_threadgroup_memory_leaves_room_for_others(sim: Any) -> None:
     attend_state(*inputs(Case(D=128, M=512)))
     attend_state(*inputs(Case(D=256, M=512, L=8)))
     assert sim.launches[0].threadgroup_bytes <= 4096
     assert sim.launches[1].threadgroup_bytes <= 32768
 
 
-def test_what_it_does_not_take_it_says(sim: metalsim.Simulation) -> None:
+def test_what_it_does_not_take_it_says(metal: None) -> None:
     import mlx.core as mx
 
     def reason(L: int = 1, D: int = 64, M: int = 64, dtype: mx.Dtype = mx.float16) -> str | None:
@@ -95,7 +85,7 @@ def test_what_it_does_not_take_it_says(sim: metalsim.Simulation) -> None:
     assert "float32" in str(reason(dtype=mx.float64))
 
 
-def test_erf_is_within_its_bound(sim: metalsim.Simulation) -> None:
+def test_erf_is_within_its_bound(metal: None) -> None:
     from math import erf
     from pathlib import Path
 

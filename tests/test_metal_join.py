@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,7 @@ from kvc.ops.dispatch import mode, why_no_kernel
 from tests import metalsim
 from tests.cases import array, assert_close, exact
 from tests.cases.join import CASES, Case, args
-from tests.conftest import need
 from tests.tolerances import TOLERANCES
-
-
-@pytest.fixture
-def sim() -> Iterator[metalsim.Simulation]:
-    need("mlx")
-    metalsim.need()
-    with metalsim.simulate("check") as simulation, mode("fused"):
-        yield simulation
 
 
 def given(case: Case) -> tuple[list[Partial], Any]:
@@ -48,7 +38,7 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_it_is_the_definition(sim: metalsim.Simulation, case: Case) -> None:
+def test_it_is_the_definition(metal: None, case: Case) -> None:
     check(case)
 
 
@@ -60,7 +50,7 @@ def check_quickly() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_in_16_bits_it_is_the_same_answer_rounded(sim: metalsim.Simulation, dtype: str) -> None:
+def test_in_16_bits_it_is_the_same_answer_rounded(metal: None, dtype: str) -> None:
     from kvc.backends.mlx import ops as xp
 
     parts, _ = given(Case(Hq=3, D=80, parts=(4, 0)))
@@ -70,7 +60,7 @@ def test_in_16_bits_it_is_the_same_answer_rounded(sim: metalsim.Simulation, dtyp
     assert bool(xp.all(half.lse == whole.lse))
 
 
-def test_parts_may_lie_in_any_order(sim: metalsim.Simulation) -> None:
+def test_parts_may_lie_in_any_order(metal: None) -> None:
     from kvc.backends.mlx import ops as xp
 
     (part,), _ = given(Case(Hq=4, L=3, parts=(5,)))
@@ -79,7 +69,7 @@ def test_parts_may_lie_in_any_order(sim: metalsim.Simulation) -> None:
     assert np.array_equal(exact(xp, got.out.swapaxes(1, 2)), exact(xp, want.out))
 
 
-def test_a_byte_is_moved_once(sim: metalsim.Simulation) -> None:
+def test_a_byte_is_moved_once(sim: Any) -> None:
     parts, _ = given(Case(Hq=32, D=128, parts=(0, 16)))
     out, lse = join(parts)
     (launch,) = sim.launches
@@ -88,14 +78,14 @@ def test_a_byte_is_moved_once(sim: metalsim.Simulation) -> None:
     assert launch.threadgroup_bytes <= 4096
 
 
-def test_one_launch_joins_six_stacks(sim: metalsim.Simulation) -> None:
+def test_one_launch_joins_six_stacks(sim: Any) -> None:
     join(given(Case(parts=(0, 1, 2, 3, 4, 5)))[0])
     assert len(sim.launches) == 1
     join(given(Case(parts=(0,) * 11))[0])
     assert len(sim.launches) == 3
 
 
-def test_what_it_does_not_take_it_says(sim: metalsim.Simulation) -> None:
+def test_what_it_does_not_take_it_says(metal: None) -> None:
     import mlx.core as mx
 
     def reason(dtype: mx.Dtype, D: int, to: mx.Dtype | None = None) -> str | None:
