@@ -57,21 +57,9 @@ def xp(request: pytest.FixtureRequest) -> ModuleType:
 @pytest.fixture
 def metal() -> Iterator[None]:
     """Metal kernels run, and nothing else: on the GPU of a Mac, in the simulator elsewhere."""
-    need("mlx")
-    import mlx.core as mx
+    from tests.metal import on_metal
 
-    from kvc.ops.dispatch import mode
-
-    if mx.metal.is_available():
-        with mode("fused"):
-            yield
-        return
-    if "metal" in REQUIRED:
-        pytest.fail("KVC_REQUIRE names metal, and there is no Metal GPU")
-    from tests import metalsim
-
-    metalsim.need()
-    with metalsim.simulate("check"), mode("fused"):
+    with on_metal():
         yield
 
 

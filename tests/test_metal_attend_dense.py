@@ -16,6 +16,7 @@ from tests import metalsim
 from tests.cases import array, assert_close, exact, view
 from tests.cases.attend_dense import CASES, Case, args
 from tests.conftest import need
+from tests.metal import on_metal
 from tests.tolerances import TOLERANCES
 
 INCLUDED = ("softmax",)
@@ -70,7 +71,7 @@ def test_it_is_the_definition(metal: None, case: Case) -> None:
 
 def check_quickly() -> None:
     """Few cases that touch every line; `tests.metal_mutants` runs them."""
-    with metalsim.simulate("check"), mode("fused"):
+    with on_metal():
         for T in (2, 65):
             check(Case(B=2, G=3, L=3, D=256, T=T, causal=True, joined=(0, 9, 300), sinks=True))
         for T, valid in ((300, "none"), (1000, "heads")):
@@ -95,12 +96,12 @@ CASE = st.builds(
 )
 
 
+@pytest.mark.metal
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(case=CASE)
 def test_it_is_the_definition_at_any_size(case: Case) -> None:
     need("mlx")
-    metalsim.need()
-    with metalsim.simulate("check"), mode("fused"):
+    with on_metal():
         check(replace(case, causal=case.L > 1))  # the same kernels for both
 
 

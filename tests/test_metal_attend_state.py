@@ -9,9 +9,9 @@ import pytest
 
 from kvc.ops.dispatch import mode, why_no_kernel
 from kvc.ops.evict import Kernels, attend_state
-from tests import metalsim
 from tests.cases import array, assert_close, exact, view
 from tests.cases.attend_state import CASES, Case, args
+from tests.metal import on_metal
 from tests.tolerances import TOLERANCES
 
 
@@ -45,7 +45,7 @@ def test_it_is_the_definition(metal: None, case: Case) -> None:
 
 def check_quickly() -> None:
     """Few cases that touch every line; `tests.metal_mutants` runs them."""
-    with metalsim.simulate("check"), mode("fused"):
+    with on_metal():
         check(Case(B=3, L=3, G=3, empty=True))
         check(Case("float32", "float32", D=80, M=132, R=33, B=2, L=2))
 

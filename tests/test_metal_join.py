@@ -9,9 +9,9 @@ import pytest
 
 from kvc.ops.attention import Partial, join
 from kvc.ops.dispatch import mode, why_no_kernel
-from tests import metalsim
 from tests.cases import array, assert_close, exact
 from tests.cases.join import CASES, Case, args
+from tests.metal import on_metal
 from tests.tolerances import TOLERANCES
 
 
@@ -44,7 +44,7 @@ def test_it_is_the_definition(metal: None, case: Case) -> None:
 
 def check_quickly() -> None:
     """Few cases that touch every line; `tests.metal_mutants` runs them."""
-    with metalsim.simulate("check"), mode("fused"):
+    with on_metal():
         for parts in ((0, 5), (200,)):
             check(Case(B=2, L=3, D=80, parts=parts, sinks=True))
 

@@ -7,3 +7,8 @@ TOLERANCES = {"float64": (1e-10, 1e-10), "float32": (1e-5, 1e-5)}
 # cache amplifies the differences of its input, by the low-rank fit and by outliers, until a code
 # falls on the other side of a tie; how far one such code moves a logit has no bound.
 LOGITS = {"exact": 1e-4, "coded": 5e-4}
+
+# Kernels: numbers that are stored in these types after sums in float32, (rtol, atol of the largest
+# number); and how near to a half a code's place may be for it to be rounded to either side.
+STORED = {"float16": (1e-3, 1e-3), "bfloat16": (8e-3, 8e-3), "float32": (1e-5, 2e-5)}
+TIE = 1e-4
