@@ -1,4 +1,4 @@
-"""Attention mass in two launches: each query's log-sum-exp, then each key's probabilities."""
+"""Attention mass: each query's log-sum-exp, unless it is known, then each key's probabilities."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def why_not(
     valid: mx.array | None = None,
     softcap: float | None = None,
     sinks: mx.array | None = None,
+    lse: mx.array | None = None,
 ) -> str | None:
     """Why the kernels cannot take these arguments; None if they can."""
     if q.dtype not in DTYPES or k.dtype not in DTYPES:
@@ -40,6 +41,7 @@ def run(
     valid: mx.array | None = None,
     softcap: float | None = None,
     sinks: mx.array | None = None,
+    lse: mx.array | None = None,
 ) -> mx.array:
     """The mass of `attention_mass`, from the kernels."""
     B, Hq, L, D = q.shape
@@ -50,19 +52,28 @@ def run(
     template = {"T": k.dtype, "D": D, "QUERIES": queries, "SIMDS": SIMDS}
     # a softcap of 0 or None is none
     inputs = {"q": q, "k": k, "scale": float(scale), "valid": valid, "softcap": softcap or None}
-    blocks = math.ceil(rows / queries)
-    keys = max(SPLIT, math.ceil(T * blocks * B * H / 1024 / SPLIT) * SPLIT) if few else T
+    include = ("softmax", "score_tiles", "tokens")
     # at least 8 numbers: MLX hands fewer over in another way, which would be another kernel
-    splits = max(math.ceil(T / keys), math.ceil(8 / (B * Hq * L)))
-    (lse,) = launch(
-        "attention_lse",
-        inputs | {"keys": keys},
-        {"lse": ((splits, B, Hq, L), mx.float32)},
-        template=template,
-        grid=(H * blocks * 32 * SIMDS, splits, B),
-        threadgroup=(32 * SIMDS, 1, 1),
-        include=("softmax", "score_tiles", "tokens"),
-    )
+    least = math.ceil(8 / (B * Hq * L))
+    if lse is None:
+        blocks = math.ceil(rows / queries)
+        keys = max(SPLIT, math.ceil(T * blocks * B * H / 1024 / SPLIT) * SPLIT) if few else T
+        splits = max(math.ceil(T / keys), least)
+        (lse,) = launch(
+            "attention_lse",
+            inputs | {"keys": keys},
+            {"lse": ((splits, B, Hq, L), mx.float32)},
+            template=template,
+            grid=(H * blocks * 32 * SIMDS, splits, B),
+            threadgroup=(32 * SIMDS, 1, 1),
+            include=include,
+        )
+    else:
+        sinks = None  # lse has them
+        lse = mx.contiguous(lse.astype(mx.float32))[None]
+        if least > 1:
+            nothing = mx.full((least - 1, B, Hq, L), -math.inf)
+            lse = mx.concatenate([lse, nothing], 0)
     keys = SPLIT if rows <= queries else 8 * SIMDS
     (mass,) = launch(
         "attention_mass",
@@ -71,6 +82,6 @@ def run(
         template=template,
         grid=(math.ceil(T / keys) * 32 * SIMDS, H, B),
         threadgroup=(32 * SIMDS, 1, 1),
-        include=("softmax", "score_tiles", "tokens"),
+        include=include,
     )
     return mass

@@ -89,6 +89,15 @@ def test_mass_is_the_oracles_and_sums_to_the_queries(xp: ModuleType) -> None:
         close(xp, got[b], want)
 
 
+def test_mass_from_the_denominator_that_attention_found(xp: ModuleType) -> None:
+    (_, q), (_, k), (_, v) = inputs(xp)
+    valid = xp.from_numpy(np.random.default_rng(5).random((B, H, T)) < 0.7)
+    sinks = draw(xp, HQ, seed=4)[1]
+    lse = attend_dense(q, k, v, SCALE, causal=True, valid=valid, sinks=sinks).lse
+    want = attention_mass(q, k, SCALE, valid=valid, sinks=sinks)
+    close(xp, attention_mass(q, k, SCALE, valid=valid, lse=lse), xp.to_numpy(want))
+
+
 def test_sinks_and_soft_caps_take_their_share(xp: ModuleType) -> None:
     (q, qx), (k, kx), _ = inputs(xp)
     sinks, cap = np.linspace(-1, 2, HQ), 1.5

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvc.ops.attention import attention_mass
+from kvc.ops.attention import attend_dense, attention_mass
 from kvc.ops.dispatch import mode, why_no_kernel
 from tests import metalsim
 from tests.cases import array, assert_close, exact, view
@@ -134,3 +134,21 @@ def test_what_it_does_not_take(metal: None) -> None:
         ((q[..., :60], k[..., :60], scale), "got 60"),
     ]:
         assert reason in str(why_no_kernel("attention_mass", "mlx", *call))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.L <= 8], ids=lambda c: c.id)
+def test_what_attention_found_is_not_sought_again(sim: Any, case: Case) -> None:
+    from kvc.backends.mlx import ops as xp
+
+    given, options = inputs(case)
+    q, k, scale = given
+    seen = {name: options[name] for name in ("softcap", "valid")}
+    lse = attend_dense(q, k, k, scale, causal=True, sinks=options["sinks"], **seen).lse
+    want = attention_mass(*given, **options)
+    before = len(sim.launches)
+    got = attention_mass(*given, **options, lse=lse)
+    assert len(sim.launches) == before + 1
+    with mode("reference"):
+        defined = attention_mass(*given, **options, lse=lse)
+    for x in (want, defined):
+        assert_close("mass", exact(xp, got), exact(xp, x), TOLERANCES["float32"])

@@ -148,6 +148,7 @@ def attention_mass(
     valid: Array | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
+    lse: Array | None = None,
 ) -> Array:
     """Each key's probability, summed over the queries and the query heads of its head.
 
@@ -155,7 +156,9 @@ def attention_mass(
     taken a few at a time, so that memory grows with T alone.
 
     Shapes: q [B, Hq, L, D]; k [B, H, T, D]; valid bool [B, H or 1, T]; sinks [Hq], logits that
-    only take part in the denominator; returns [B, H, T] in the type that sums are taken in.
+    only take part in the denominator; lse [B, Hq, L], the log of the denominator where attention
+    over these very keys, and sinks, has found it; returns [B, H, T] in the type that sums are
+    taken in.
     """
     xp = ops_of(q)
     B, Hq, L, _ = q.shape
@@ -166,15 +169,11 @@ def attention_mass(
         stop = min(start + step, L)
         scores = scores_of(q[:, :, start:stop], k, scale, softcap, valid)
         scores = xp.where(causal_mask(L, T, q)[start:stop], scores, -np.inf)
-        top = xp.maximum(xp.max(scores, -1, keepdims=True), -1e30)
-        if sinks is not None:
-            logits = xp.astype(sinks, scores.dtype).reshape(1, H, Hq // H, 1, 1)
-            top = xp.maximum(top, logits)
-        p = xp.exp(scores - top)
-        below = xp.sum(p, -1, keepdims=True)
-        if sinks is not None:
-            below = below + xp.exp(logits - top)
-        p = p / xp.where(below > 0, below, 1.0)
+        if lse is None:
+            below = _log_sum_exp(_with_sinks(scores, sinks), -1)
+        else:
+            below = lse[:, :, start:stop].reshape(B, H, Hq // H, stop - start, 1)
+        p = xp.exp(scores - xp.where(below > -np.inf, below, np.inf))  # 0 where nothing is seen
         if valid is not None:
             own = valid[:, :, None, T - L + start : T - L + stop, None]
             p = xp.where(own, p, 0.0)
@@ -197,17 +196,20 @@ def log_probs(
 
     Shapes: q [B, Hq, 1, D]; k, valid, sinks as in `attention_mass`; returns [B, T].
     """
-    xp = ops_of(q)
-    B, Hq, _, _ = q.shape
-    H, T = k.shape[1], k.shape[2]
+    (B, Hq, _, _), T = q.shape, k.shape[2]
     scores = scores_of(q, k, scale, softcap, valid)
-    if sinks is not None:
-        logits = xp.astype(sinks, scores.dtype).reshape(1, H, Hq // H, 1, 1)
-        every = xp.concat([scores, scores[..., :1] * 0 + logits], -1)
-    else:
-        every = scores
-    logs = (scores - _log_sum_exp(every, -1)).reshape(B, Hq, T)
+    logs = (scores - _log_sum_exp(_with_sinks(scores, sinks), -1)).reshape(B, Hq, T)
     return _log_sum_exp(logs, 1)[:, 0]
+
+
+def _with_sinks(scores: Array, sinks: Array | None) -> Array:
+    """Scores [B, H, Hq / H, L, T] and behind them the logit of each head's sink."""
+    if sinks is None:
+        return scores
+    xp = ops_of(scores)
+    _, H, G, _, _ = scores.shape
+    logits = xp.astype(sinks, scores.dtype).reshape(1, H, G, 1, 1)
+    return xp.concat([scores, xp.broadcast_to(logits, (*scores.shape[:-1], 1))], -1)
 
 
 def _log_sum_exp(x: Array, axis: int) -> Array:

@@ -234,10 +234,14 @@ class Evicting:
                 parts.append(attend_dense(q, k, v, scale, softcap=softcap, valid=valid))
         if (maps := self.maps(query.reader)) and self.state is not None:
             parts.append(attend_state(q, self.state, self.norm, maps))
-        return attend_dense(
+        answer = attend_dense(
             q, self._live(self.k), self._live(self.v), scale,
             causal=True, softcap=softcap, joined=parts, sinks=query.sinks, dtype=q.dtype,
         )  # fmt: skip
+        waiting = self.watch.query
+        if waiting and waiting.q is q and self.less.policy == "h2o" and self.state is None:
+            self.watch.query = waiting._replace(lse=answer.lse)
+        return answer
 
     def read(self) -> tuple[Array, Array]:
         """Not to be had: most tokens are gone, and the heads keep different ones.

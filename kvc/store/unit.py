@@ -22,6 +22,12 @@ class Query(NamedTuple):
     softcap: float | None = None
     sinks: Array | None = None  # [Hq], logits that take part in the softmax without a value
     reader: int = 0  # the layer that asks, which may share another's cache
+    lse: Array | None = None  # [B, Hq, L], of the answer, where it is of tokens alone
+
+    def part(self, start: int, stop: int) -> Query:
+        """Some of the queries."""
+        lse = None if self.lse is None else self.lse[:, :, start:stop]
+        return self._replace(q=self.q[:, :, start:stop], lse=lse)
 
 
 class Face(Protocol):

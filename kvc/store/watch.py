@@ -32,28 +32,35 @@ class Watch:
         """Forgets the newest `n` queries."""
         if self.query is not None:
             left = self.query.q.shape[2] - n
-            self.query = self.query._replace(q=self.query.q[:, :, :left]) if left > 0 else None
+            self.query = self.query.part(0, left) if left > 0 else None
 
     def newest(self, n: int) -> Watch:
         """The newest `n` queries, where there are more."""
         query = self.query
         if query is None or n == 0:
             return Watch()
-        return Watch(query._replace(q=query.q[:, :, max(0, query.q.shape[2] - n) :]))
+        return Watch(query.part(max(0, query.q.shape[2] - n), query.q.shape[2]))
 
     def parts(self) -> Iterator[Part]:
-        """The queries that are held."""
+        """The queries that are held, and what is known of their answers."""
         if self.query is not None:
             yield "queries", self.query.q, 0
+            if self.query.lse is not None:
+                yield "queries", self.query.lse, 0
 
     def rows(self, rows: Sequence[int]) -> Watch:
         """The queries of some of the rows."""
         query = self.query
-        return Watch(query and query._replace(q=ops_of(query.q).take(query.q, rows, 0)))
+        if query is None:
+            return Watch()
+        xp = ops_of(query.q)
+        lse = None if query.lse is None else xp.take(query.lse, rows, 0)
+        return Watch(query._replace(q=xp.take(query.q, rows, 0), lse=lse))
 
 
 def mass(query: Query, k: Array, valid: Array | None) -> Array:
     """Attention mass [B, H, T] of keys, of which the newest are the queries' own."""
     return attention_mass(
-        query.q, k, query.scale, valid=valid, softcap=query.softcap, sinks=query.sinks
-    )
+        query.q, k, query.scale,
+        valid=valid, softcap=query.softcap, sinks=query.sinks, lse=query.lse,
+    )  # fmt: skip
