@@ -39,6 +39,7 @@ class Case:
     L: int = 1
     D: int = 64
     softcap: float | None = None
+    loud: float = 1.0  # how much larger the queries are; scores that exp cannot take
     merge: tuple[tuple[str, Any], ...] = ()  # settings of the merge
     layer: int = 1  # which of the two merged ones asks
 
@@ -66,7 +67,7 @@ def args(case: Case) -> dict[str, Any]:
 
     k, v = tokens(0), tokens(1)
     return {
-        "q": draw(B, H * case.G, case.L, D),
+        "q": case.loud * draw(B, H * case.G, case.L, D),
         "k": k,
         "v": v,
         "other_k": [x + 0.5 * draw(*x.shape) for x in k],
@@ -189,6 +190,7 @@ CASES = [
     Case("gear", _settings(k_bits=8, v_bits=4, v_group=16), (128,), dtype="bfloat16", D=16),
     Case("gear", _settings(backbone="kcvt", bits=4, outliers=0.05), (300,), G=4),
     Case("gear", _settings(backbone="token", group_size=32, outliers=0.05), (100, 100), G=4),
+    Case("kivi", (), (192,), G=4, loud=25.0),
     Case("kivi", _settings(v_group=32, k_group=64), (192,), H=1, D=128, G=4),
     *(Case("token", _settings(bits=4), (n,), "kept", B=2, G=4) for n in (1, 40, 300)),
     Case("token", _settings(bits=2, group_size=16), (70,), "kept", "float32", G=8, D=80),
@@ -198,6 +200,7 @@ CASES = [
         for dtype, grain in (("float16", "head"), ("bfloat16", "token"), ("float32", "head"))
         for blocks in ((2,), (100, 1, 1), (600,))
     ),
+    Case("", (), (40,), "merged", G=2, D=80, merge=_settings(gamma=1.0)),  # all are retained
     *(
         Case(method, (), blocks, "merged", B=2, G=4, merge=merge, layer=layer)
         for method, blocks in (("gear", (128, 64, 64)), ("kcvt", (45, 45)))
