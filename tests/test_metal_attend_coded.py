@@ -88,6 +88,7 @@ def check_quickly() -> None:
         check(Case("gear2", (("outliers", 0.04),), (1152,), D=80, G=8))
         check(Case("gear2", (("buffer", 32), ("bits", 4)), (96, 96), G=4))
         check(Case("kcvt", (("bits", 8),), (33, 33), B=2, D=80, G=16))
+        check(Case("kcvt", (("bits", 8),), (33, 33), B=2, D=80))
         check(Case("kcvt", (), (300,)))
         check(Case("token", (("bits", 2),), (45, 45), D=128))
         check(Case("token", (), (140,), "kept", B=2, G=4))
