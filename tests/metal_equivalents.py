@@ -6,6 +6,7 @@ By shader: what stood there, what stands there instead, and the reason.
 _SPEED = "how tokens lie over lanes: slower, not different"
 _GUARDED = "the body has a guard of its own against one round more"
 _AHEAD = "one round more sees no token"
+_MORE = "reads entries of other tokens too, which change nothing"
 _PADDING = "the element behind the last is padding that nobody reads"
 _OF: dict[str, dict[tuple[str, str], str]] = {
     "attend_coded": {
@@ -20,6 +21,41 @@ _OF: dict[str, dict[tuple[str, str], str]] = {
             "e <= E",
         ): "keeps one level more than is read; of 8 it is behind the array, which "
         "the simulator takes for one of open length, being a structure's last member",
+    },
+    "coded_rest": {
+        **{
+            (x, "false"): _MORE
+            for x in (
+                "place < begin",
+                "place >= high",
+                "vector >= 0",
+                "vector < first",
+                "vector < 0",
+                "vector >= first + live * side.vectors",
+            )
+        },
+        (
+            "high.x < count",
+            "true",
+        ): "behind the last entry stands the block's end, which ends a tile",
+        ("way < 0", "way <= 0"): "way is -1 or 1",
+    },
+    "coded_tile": {
+        **{
+            (f"{x} {mark} {n}", to): _SPEED
+            for x, mark, n in (
+                ("ROWS", ">", 4),
+                ("D", "<=", 128),
+                ("LANES", "<", 4),
+                ("ROWS", "<", 4),
+            )
+            for to in ("true", "false")
+        },
+        ("round < S", "round <= S"): "one barrier more",
+        ("round > 0", "true"): "one barrier more",
+        ("step < S", "step <= S"): "a score that another lane has is found once more",
+        ("step < piece.live", "step <= piece.live"): _AHEAD,
+        ("a < S", "a <= S"): "a score that the next step finds, or nobody asks for",
     },
     "attend_dense": {
         ("LANES < 4", "true"): "tokens read ahead: slower, not different",
