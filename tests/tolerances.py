@@ -12,3 +12,6 @@ LOGITS = {"exact": 1e-4, "coded": 5e-4}
 # number); and how near to a half a code's place may be for it to be rounded to either side.
 STORED = {"float16": (1e-3, 1e-3), "bfloat16": (8e-3, 8e-3), "float32": (1e-5, 2e-5)}
 TIE = 1e-4
+
+# Answers of kernels whose products are of numbers in these types: probabilities are rounded.
+PRODUCTS = {"float32": (1e-5, 1e-5), "float16": (1e-3, 1e-3), "bfloat16": (8e-3, 8e-3)}
