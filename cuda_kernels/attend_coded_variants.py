@@ -1,0 +1,136 @@
+"""Launches of `attend_coded` without tensors: for checks ahead of time, and of what they move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvc.cuda_kernels import attend_coded_form as form
+from kvc.cuda_kernels.attend_coded import TABLE, arguments, plan
+from kvc.cuda_kernels.attend_coded_kernel import attend_coded_kernel
+from kvc.cuda_kernels.launch import Variant
+from kvc.ops.codec import Code, Spec
+from kvc.ops.past import Layout
+from kvc.ops.quant import Quantized, n_words
+from kvc.ops.residual import LowRank, Outliers
+from kvc.ops.scales import GRID_STEP, Dual
+
+TYPES = {
+    torch.float16: "*fp16:16",
+    torch.bfloat16: "*bf16:16",
+    torch.float32: "*fp32:16",
+    torch.int16: "*i16:16",
+    torch.int32: "*i32:16",
+    torch.bool: "*i1:16",
+}
+
+
+@dataclass
+class Sample:
+    """Blocks of coded tokens of the shapes that `kvc.ops.codec.encode` gives them, and no more."""
+
+    code: Code
+    spec: Spec
+    n: int
+
+    @classmethod
+    def of(
+        cls, spec: Spec, B: int, H: int, blocks: int, dtype: Any, rank: int = 0, far: int = 0
+    ) -> Sample:
+        """With a low-rank fit of `rank`, and `far` outliers in each row."""
+        n, D, g, bits = spec.n, spec.head_dim, spec.group_size, spec.bits
+
+        def new(*shape: int, type: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty((blocks, B, *shape), dtype=type, device="meta")
+
+        d: Any
+        rows = (D, n_words(n, bits)) if spec.role == "k" else (n, n_words(D, bits))
+        codes = new(H, *rows, type=torch.int32)
+        if spec.scales:
+            channels = [new(H, max(1, n // spec.tile), D) for _ in range(4)]
+            mu, c, step, low = channels
+            fixed = bits in GRID_STEP
+            d = Dual(codes, mu, c, new(H, n), None if fixed else step, None if fixed else low)
+        else:
+            if spec.backbone == "kcvt":
+                groups = (H, 1, 1, D) if spec.role == "k" else (1, n, 1, 1)
+            elif spec.backbone == "kivi" and spec.role == "k":
+                groups = (H, n // g, 1, D)
+            else:
+                groups = (H, n, D // g, 1)
+            d = Quantized(codes, new(*groups), new(*groups))
+        fit = LowRank(new(H, n, rank), new(H, D, rank)) if rank else None
+        places = (H, D, far) if spec.role == "k" else (n, far)
+        outliers = Outliers(new(*places, type=torch.int16), new(*places)) if far else None
+        return cls(Code(d, fit, outliers), spec, blocks)
+
+
+def layouts(
+    backbone: Any, bits: int, n: int, blocks: int, D: int, dtype: torch.dtype,
+    *, B: int = 1, H: int = 8, rank: int = 0, far: int = 0, scales: str = "", kept: bool = False,
+) -> tuple[Layout, Layout]:  # fmt: skip
+    """K and V of one codec, B rows of H heads."""
+    found = []
+    for role in ("k", "v"):
+        spec = Spec(
+            "v" if kept else role, bits, backbone, min(64, D), n, D,
+            rotate="hadamard" if scales else "", scales=scales,
+        )  # fmt: skip
+        found.append(Layout(runs=[Sample.of(spec, B, H, blocks, dtype, rank, far)]))
+    return found[0], found[1]
+
+
+def variants() -> Iterator[Variant]:
+    """Every row of the table, and the other codecs."""
+    half, full = torch.bfloat16, torch.float32
+    for of_device in TABLE.values():
+        for D, bits in of_device:
+            for n, rank in ((8192, 0), (64, 0), (8192, 4), (64, 2)):
+                pair = layouts("kivi", bits, n, 2, D, half, rank=rank)
+                yield _variant(f"kivi{bits}-D{D}-n{n}-rank{rank}", pair, D, half)
+    for name, dtype in (("bf16", half), ("fp32", full)):
+        yield _variant(f"kcvt4-{name}", layouts("kcvt", 4, 8180, 1, 128, dtype), 128, dtype)
+        yield _variant(f"token4-{name}", layouts("token", 4, 8180, 1, 128, dtype), 128, dtype)
+        pair = layouts("token", 4, 400, 1, 128, dtype, kept=True)
+        yield _variant(f"token4-rows-{name}", pair, 128, dtype)
+        pair = layouts("kivi", 2, 8192, 1, 128, dtype, rank=4, far=80)
+        yield _variant(f"outliers2-{name}", pair, 128, dtype)
+        for bits in (2, 4):
+            pair = layouts("kivi", bits, 1024, 1, 128, dtype, rank=2, scales="dual")
+            yield _variant(f"dual{bits}-{name}", pair, 128, dtype)
+        dense = torch.empty((1, 8, 8192, 128), dtype=dtype, device="meta")
+        yield _variant(f"dense-{name}", (Layout(dense=dense),) * 2, 128, dtype)
+    yield _variant("kivi4-fp32", layouts("kivi", 4, 8192, 1, 128, full), 128, full)
+    pair = layouts("kivi", 4, 8192, 1, 128, half)
+    yield _variant("kivi4-rows32", pair, 128, half, L=8)
+
+
+def _variant(
+    name: str, pair: tuple[Layout, Layout], D: int, dtype: torch.dtype, L: int = 1
+) -> Variant:
+    """The kernel for four query heads per head."""
+    q = torch.empty((1, 4 * form.shape(pair[0])[1], L, D), dtype=dtype, device="meta")
+    made = plan(q, *pair)
+    given = arguments(q, *pair, made, 1.0, None, None)
+    wide = torch.empty(0, dtype=torch.float32, device="meta")
+    given |= {"out": wide, "lse": wide, "PACKED": True}
+    signature, constants = {}, {}
+    loose = {p.name for p in attend_coded_kernel.params if p.do_not_specialize}
+    for p in attend_coded_kernel.params:
+        x = given[p.name]
+        if p.is_constexpr or x is None:
+            constants[p.name] = x
+        elif isinstance(x, torch.Tensor):
+            signature[p.name] = TYPES[x.dtype]
+        elif isinstance(x, float):
+            signature[p.name] = "fp32"
+        else:
+            known = x % 16 == 0 and p.name not in loose
+            signature[p.name] = "i32:16" if known else "i32"
+    config = made.config
+    return Variant(
+        name, attend_coded_kernel, signature, constants, config.num_warps, config.num_stages
+    )
