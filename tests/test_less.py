@@ -12,7 +12,9 @@ import pytest
 from kvc.backends.base import FULL, ModelShape
 from kvc.errors import ConfigError, KVCError
 from kvc.methods import KVSharer, Less, Method, parse
+from kvc.ops.attention import attention_mass
 from kvc.ops.evict import Kernels
+from kvc.store import watch
 from kvc.store.evicting import Evicting
 from kvc.store.store import KVStore
 from tests.oracles import less as oracle
@@ -218,6 +220,28 @@ def test_bytes_are_the_formula_and_constant(
         assert parts.pop("scores", 0) == want["scores"]
         assert sum(parts.values()) == want["kept"]
         assert store.nbytes == sum(x.nbytes for x in store.arrays()) == waiting + sum(want.values())
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["h2o", "less"])
+def test_a_step_asks_for_its_denominator_once(
+    xp: ModuleType, learned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the state has a part in it, which no key's mass has."""
+    known = []
+
+    def noted(*args: Any, lse: Any = None, **options: Any) -> Any:
+        known.append(lse is not None)
+        return attention_mass(*args, lse=lse, **options)
+
+    monkeypatch.setattr(watch, "attention_mass", noted)
+    q, k, v = tokens(40)
+    store = store_of("h2o", 4, 3, weights() if learned else None)
+    feed(xp, store, q[:, :, :30], k[:, :, :30], v[:, :, :30])
+    known.clear()
+    for t in range(30, 40):
+        feed(xp, store, *(x[:, :, t : t + 1] for x in (q, k, v)))
+    assert len(known) == 10
+    assert known[1:] == [not learned] * 9
 
 
 def test_beams_copy_rows(xp: ModuleType) -> None:

@@ -218,7 +218,8 @@ class Evicting:
 
     def attend(self, query: Query) -> Partial:
         """The answer of ring, kept tokens and state; the newest L are the queries' own."""
-        if query.reader == self.layer and self.less.policy != "sink" and self.fresh:
+        noted = query.reader == self.layer and self.less.policy != "sink" and self.fresh > 0
+        if noted:
             own = query.q.shape[2] - self.fresh  # queries before it are padding's
             early = self.watch.see(query._replace(q=query.q[:, :, max(0, own) :]))
             if early is not None and self.less.policy == "h2o":
@@ -239,8 +240,9 @@ class Evicting:
             causal=True, softcap=softcap, joined=parts, sinks=query.sinks, dtype=q.dtype,
         )  # fmt: skip
         waiting = self.watch.query
-        if waiting and waiting.q is q and self.less.policy == "h2o" and self.state is None:
-            self.watch.query = waiting._replace(lse=answer.lse)
+        if noted and waiting and self.less.policy == "h2o" and self.state is None:
+            newest = answer.lse[:, :, q.shape[2] - waiting.q.shape[2] :]
+            self.watch.query = waiting._replace(lse=ops_of(newest).copy(newest))
         return answer
 
     def read(self) -> tuple[Array, Array]:
