@@ -23,6 +23,14 @@ def label(case: Any) -> str:
     return "-".join(f"{n}={x}" for n, x in fields if x != getattr(plain, n)) or "plain"
 
 
+class Sized:
+    """A case, named by its own fields that are not the default."""
+
+    @property
+    def id(self) -> str:
+        return label(self)
+
+
 def array(xp: ModuleType, x: np.ndarray[Any, Any], dtype: str) -> Any:
     """`x` as an array of a backend, rounded to `dtype`."""
     return xp.astype(xp.from_numpy(x), xp.dtype(dtype))

@@ -8,12 +8,12 @@ from zlib import crc32
 
 import numpy as np
 
-from tests.cases import DTYPES, GROUPS, HEAD_DIMS, TOKENS, label
+from tests.cases import DTYPES, GROUPS, HEAD_DIMS, TOKENS, Sized
 from tests.cases.join import answers
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Sized):
     """Sizes of a call, and which options it has."""
 
     dtype: str = "float16"
@@ -29,10 +29,6 @@ class Case:
     valid: Literal["all", "padded", "heads", "none"] = "all"
     joined: tuple[int, ...] = ()  # how many answers each of them stacks; 0 is one without the axis
     sinks: bool = False
-
-    @property
-    def id(self) -> str:
-        return label(self)
 
 
 def args(case: Case) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from zlib import crc32
 import numpy as np
 
 from kvc.ops.evict import Kernels
-from tests.cases import DTYPES, GROUPS, HEAD_DIMS, label
+from tests.cases import DTYPES, GROUPS, HEAD_DIMS, Sized
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Sized):
     """Sizes of a call, and the types of queries and of maps."""
 
     dtype: str = "float16"
@@ -26,10 +26,6 @@ class Case:
     M: int = 64  # hidden features
     R: int = 8  # features
     empty: bool = False  # whether the last batch row has folded nothing yet
-
-    @property
-    def id(self) -> str:
-        return label(self)
 
 
 def args(case: Case) -> dict[str, Any]:

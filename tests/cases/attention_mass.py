@@ -8,11 +8,11 @@ from zlib import crc32
 
 import numpy as np
 
-from tests.cases import DTYPES, GROUPS, HEAD_DIMS, TOKENS, label
+from tests.cases import DTYPES, GROUPS, HEAD_DIMS, TOKENS, Sized
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Sized):
     """Sizes of a call, and which options it has."""
 
     dtype: str = "float16"
@@ -25,10 +25,6 @@ class Case:
     softcap: float | None = None
     valid: Literal["all", "padded", "heads", "none"] = "all"
     sinks: bool = False
-
-    @property
-    def id(self) -> str:
-        return label(self)
 
 
 def args(case: Case) -> dict[str, Any]:

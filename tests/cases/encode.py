@@ -9,12 +9,12 @@ import numpy as np
 
 from kvc.ops.codec import Spec
 from kvc.ops.quant import Backbone, Role
-from tests.cases import DTYPES, label
+from tests.cases import DTYPES, Sized
 from tests.cases import quantize as blocks
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Sized):
     """Sizes of a block, and how it is coded."""
 
     dtype: str = "float16"
@@ -33,10 +33,6 @@ class Case:
     scales: str = ""
     tile: int = 128
     scale: str = ""  # the dtype of step; empty: of x
-
-    @property
-    def id(self) -> str:
-        return label(self)
 
     @property
     def spec(self) -> Spec:

@@ -9,11 +9,11 @@ from zlib import crc32
 import numpy as np
 
 from kvc.ops.evict import Kernels
-from tests.cases import DTYPES, HEAD_DIMS, TOKENS, label
+from tests.cases import DTYPES, HEAD_DIMS, TOKENS, Sized
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Sized):
     """Sizes of a call: T tokens, M hidden units and R features, and which tokens there are."""
 
     dtype: str = "float16"  # of tokens
@@ -25,10 +25,6 @@ class Case:
     M: int = 96
     R: int = 8
     valid: Literal["all", "some", "shared", "none"] = "some"
-
-    @property
-    def id(self) -> str:
-        return label(self)
 
 
 def args(case: Case) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from zlib import crc32
 import numpy as np
 
 from kvc.ops.attention import Partial
-from tests.cases import HEAD_DIMS, label
+from tests.cases import HEAD_DIMS, Sized
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Sized):
     """Sizes of a call, and which answers it joins."""
 
     B: int = 1
@@ -22,10 +22,6 @@ class Case:
     D: int = 64
     parts: tuple[int, ...] = (0, 0)  # how many answers each stacks; 0 is one without the axis
     sinks: bool = False
-
-    @property
-    def id(self) -> str:
-        return label(self)
 
 
 def answers(rng: np.random.Generator, n: int, B: int, Hq: int, L: int, D: int) -> Partial:

@@ -9,11 +9,11 @@ from zlib import crc32
 import numpy as np
 
 from kvc.ops.merge import Granularity, How
-from tests.cases import DTYPES, HEAD_DIMS, TOKENS, label
+from tests.cases import DTYPES, HEAD_DIMS, TOKENS, Sized
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Sized):
     """Sizes of a call, and how it merges."""
 
     dtype: str = "float16"
@@ -23,10 +23,6 @@ class Case:
     D: int = 64
     how: How = "slerp"
     granularity: Granularity = "head"
-
-    @property
-    def id(self) -> str:
-        return label(self)
 
 
 def args(case: Case) -> dict[str, Any]:

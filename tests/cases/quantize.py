@@ -10,12 +10,12 @@ from zlib import crc32
 import numpy as np
 
 from kvc.ops.quant import Backbone, Quantized, Role, grouped, ungrouped, unpack_tokens
-from tests.cases import DTYPES, array, exact, label
+from tests.cases import DTYPES, Sized, array, exact
 from tests.tolerances import TIE
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Sized):
     """Sizes of a block, and how it is coded."""
 
     dtype: str = "float16"
@@ -29,10 +29,6 @@ class Case:
     B: int = 1
     scale: str = ""  # the dtype of step; empty: of x
     zero: str = ""  # the dtype of low
-
-    @property
-    def id(self) -> str:
-        return label(self)
 
 
 def args(case: Case) -> dict[str, Any]:
