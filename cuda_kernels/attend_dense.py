@@ -66,6 +66,7 @@ def why_not(
     causal: bool = False,
     softcap: float | None = None,
     valid: torch.Tensor | None = None,
+    length: torch.Tensor | None = None,
     joined: Sequence[Partial] = (),
     sinks: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -78,7 +79,7 @@ def why_not(
     if dtype is not None and dtype not in TYPES:
         return f"gives float16, bfloat16 or float32, not {type_name(dtype)}"
     return (
-        off_device(q, k, v, valid, sinks)
+        off_device(q, k, v, valid, length, sinks)
         or off_types(q, k, v, *([] if sinks is None else [sinks]))
         or off_shape(q, k.shape[1])
         or (join.why_not(joined, sinks=sinks, dtype=dtype) if joined else None)
@@ -94,6 +95,7 @@ def run(
     causal: bool = False,
     softcap: float | None = None,
     valid: torch.Tensor | None = None,
+    length: torch.Tensor | None = None,
     joined: Sequence[Partial] = (),
     sinks: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -124,7 +126,7 @@ def run(
         valid = valid.expand(B, H, T)
         mask = valid.stride()
     attend_dense_kernel[(B * H * tiles, splits)](
-        q, k, v, valid, outs, lses, counts, sinks if alone else None, out, lse,
+        q, k, v, valid, length, outs, lses, counts, sinks if alone else None, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask,
         T, tokens, H, scale, softcap or 0.0,
         G=Hq // H, L=L, D=D, DP=triton.next_power_of_2(D), ROWS=rows, TILE=config.tile,
@@ -226,7 +228,7 @@ def _variant(itemsize: int, D: int, rows: int, T: int) -> Variant:
         "lse": "*fp32:16",
         **dict.fromkeys(("n", "span", "H"), "i32"),
         **dict.fromkeys(("scale", "softcap"), "fp32"),
-        **({"valid": "*i1:16", "sinks": tokens} if alone else {}),
+        **({"valid": "*i1:16", "length": "*i32:16", "sinks": tokens} if alone else {}),
     }
     constexprs = {
         "G": rows // 4,
@@ -240,7 +242,7 @@ def _variant(itemsize: int, D: int, rows: int, T: int) -> Variant:
         "SOFTCAP": alone,
         "PRODUCT": product,
         "valid_t": 1,
-        **({} if alone else {"valid": None, "sinks": None}),
+        **({} if alone else dict.fromkeys(("valid", "length", "sinks"))),
     }
     name = f"{itemsize}bytes-D{D}-rows{rows}-{'alone' if alone else 'split'}"
     return Variant(

@@ -10,7 +10,7 @@ from kvc.cuda_kernels.softmax import finish, scores_of, take, take_sink, take_st
 
 @triton.jit(do_not_specialize=["n", "span"])
 def attend_dense_kernel(
-    q, k, v, valid, outs, lses, counts, sinks, out, lse,
+    q, k, v, valid, length, outs, lses, counts, sinks, out, lse,
     q_b, q_h, q_l, k_b, k_h, k_t, v_b, v_h, v_t, valid_b, valid_h, valid_t,
     n, span, H, scale, softcap,
     G: tl.constexpr, L: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
@@ -19,9 +19,10 @@ def attend_dense_kernel(
 ):  # fmt: skip
     """A program has `span` tokens of a head of K and V, and up to ROWS of the rows that share them.
 
-    q [B, H G, L, D]; k, v [B, H, n, D]; valid [B, H, n]: strides as named, D contiguous. outs and
-    lses as in `take_stack`, counts 2 n + 1 of each; sinks [H G]; out [splits, B, H G, L, D] and
-    lse [splits, B, H G, L], contiguous. DP is D or the next power of two.
+    q [B, H G, L, D]; k, v [B, H, n, D]; valid [B, H, n]: strides as named, D contiguous. With
+    `length` [1] there are so many tokens, and n is room for more. outs and lses as in `take_stack`,
+    counts 2 n + 1 of each; sinks [H G]; out [splits, B, H G, L, D] and lse [splits, B, H G, L],
+    contiguous. DP is D or the next power of two.
     """
     share: tl.constexpr = G * L  # rows of a head, by query head and query
     tiles: tl.constexpr = (share + ROWS - 1) // ROWS
@@ -39,6 +40,8 @@ def attend_dense_kernel(
     queries = tl.load(
         q + (group * q_h + query * q_l)[:, None] + d[None, :], mask=mine, other=0.0
     ).to(PRODUCT)
+    if length is not None:
+        n = tl.load(length)
     begin = tl.program_id(1) * span
     stop = tl.minimum(begin + span, n)
     k += b * k_b + h * k_h + begin.to(tl.int64) * k_t

@@ -30,6 +30,7 @@ def why_not(
     *,
     softcap: float | None = None,
     valid: mx.array | None = None,
+    length: mx.array | None = None,
 ) -> str | None:
     """Why the kernel cannot take these arguments, or None."""
     _, Hq, L, D = q.shape
@@ -37,6 +38,8 @@ def why_not(
         return f"takes float16, bfloat16 or float32 queries, not {q.dtype}"
     if L > QUERIES:
         return f"takes up to {QUERIES} queries per step, not {L}"
+    if length is not None:
+        return "takes the tokens that there are, not room for more and a length"
     if reason := join.why_not_answers(D, (), None):
         return reason
     pieces = k.pieces(), v.pieces()
@@ -80,6 +83,7 @@ def run(
     *,
     softcap: float | None = None,
     valid: mx.array | None = None,
+    length: mx.array | None = None,
 ) -> Partial:
     """As `kvc.ops.attention.attend_coded`; the answers of splits are stacked, and those of runs."""
     parts, start = [], 0

@@ -28,6 +28,7 @@ def why_not(
     causal: bool = False,
     softcap: float | None = None,
     valid: mx.array | None = None,
+    length: mx.array | None = None,
     joined: Sequence[Partial] = (),
     sinks: mx.array | None = None,
     dtype: mx.Dtype | None = None,
@@ -38,6 +39,8 @@ def why_not(
         return f"takes float16, bfloat16 or float32 tokens, not {q.dtype}, {k.dtype}, {v.dtype}"
     if L > QUERIES:
         return f"takes up to {QUERIES} queries per step, not {L}"
+    if length is not None:
+        return "takes the tokens that there are, not room for more and a length"
     if Hq > GROUP * k.shape[1]:
         return f"takes up to {GROUP} query heads per head of K and V, not {Hq // k.shape[1]}"
     if v.shape[-1] != D:
@@ -54,6 +57,7 @@ def run(
     causal: bool = False,
     softcap: float | None = None,
     valid: mx.array | None = None,
+    length: mx.array | None = None,
     joined: Sequence[Partial] = (),
     sinks: mx.array | None = None,
     dtype: mx.Dtype | None = None,

@@ -76,6 +76,22 @@ def test_slots_that_are_empty_are_not_seen(xp: ModuleType) -> None:
     assert (xp.to_numpy(nothing.lse) == -np.inf).all()
 
 
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [0, 3, L, 9, T])
+def test_a_length_is_as_good_as_so_many_tokens(
+    xp: ModuleType, causal: bool, n: int, pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (_, q), (_, k), (_, v) = inputs(xp)
+    if pieces:
+        monkeypatch.setattr(attention, "SCORES", 2 * B * HQ * T)
+    length = xp.from_numpy(np.array([n], np.int32))
+    got = attend_dense(q, k, v, SCALE, causal=causal, length=length)
+    want = attend_dense(q, k[:, :, :n], v[:, :, :n], SCALE, causal=causal)
+    for a, b in zip(got, want, strict=True):
+        close(xp, a, xp.to_numpy(b))
+
+
 def test_mass_is_the_oracles_and_sums_to_the_queries(xp: ModuleType) -> None:
     (q, qx), (k, kx), _ = inputs(xp)
     got = attention_mass(qx, kx, SCALE)

@@ -101,6 +101,30 @@ def test_views_are_read_where_they_lie(T: int) -> None:
         assert (a == b).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("T", "n"), [(90, 0), (90, 3), (90, 90), (700, 4), (700, 299), (700, 700)])
+def test_a_length_is_as_good_as_so_many_tokens(T: int, n: int, causal: bool) -> None:
+    import torch
+
+    from kvc.backends.torch import ops
+    from kvc.cuda_kernels import attend_dense as kernel
+
+    inputs = args(Case(B=2, G=2, L=3, T=T, joined=(0, 2)))
+    with kernels() as device:
+        q, k, v = (tensor(inputs[name], "float16", device) for name in "qkv")
+        joined = [Partial(*(tensor(x, "float32", device) for x in p)) for p in inputs["joined"]]
+        length = torch.tensor([n], dtype=torch.int32, device=device)
+        options = {"causal": causal, "length": length, "joined": joined}
+        assert kernel.why_not(q, k, v, 0.2, **options) is None
+        got = kernel.run(q, k, v, 0.2, **options)
+    want = attend_dense.define(
+        exact(ops, q), exact(ops, k)[:, :, :n], exact(ops, v)[:, :, :n], 0.2, causal=causal,
+        joined=[Partial(*(exact(ops, x) for x in part)) for part in joined],
+    )  # fmt: skip
+    assert_close("out", exact(ops, got.out), want.out, PRODUCTS["float16"])
+    assert_close("lse", exact(ops, got.lse), want.lse, PRODUCTS["float32"])
+
+
 @pytest.mark.skipif(on_gpu(), reason="the interpreter counts")
 @pytest.mark.parametrize(
     "case",

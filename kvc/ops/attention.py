@@ -38,6 +38,7 @@ def attend_dense(
     causal: bool = False,
     softcap: float | None = None,
     valid: Array | None = None,
+    length: Array | None = None,
     joined: Sequence[Partial] = (),
     sinks: Array | None = None,
     dtype: Any = None,
@@ -47,10 +48,13 @@ def attend_dense(
     With `causal` the newest L tokens are the queries' own: query i sees up to token T - L + i. Many
     queries are taken a few at a time, so that memory grows with T alone.
 
+    With `length` there are so many tokens, and room for T; the number is an array, so that one
+    recorded launch serves every length.
+
     Shapes: q [B, Hq, L, D]; k, v [B, H, T, D]; valid bool [B, H or 1, T], false for empty slots;
-    joined, sinks and dtype as in `join`.
+    length int32 [1]; joined, sinks and dtype as in `join`.
     """
-    own = _answer(q, k, v, scale, causal, softcap, valid)
+    own = _answer(q, k, v, scale, causal, softcap, valid, length)
     return join([own, *joined], sinks=sinks, dtype=dtype)
 
 
@@ -62,6 +66,7 @@ def _answer(
     causal: bool,
     softcap: float | None,
     valid: Array | None,
+    length: Array | None = None,
 ) -> Partial:
     """`attend_dense` over its own tokens alone."""
     xp = ops_of(q)
@@ -74,16 +79,20 @@ def _answer(
         parts = []
         for start in range(0, L, step):
             stop = min(start + step, L)
-            seen = max(0, T - L + stop) if causal else T  # behind padding T may be below L
+            last, seen = length, T
+            if causal and length is not None:
+                last = length - (L - stop)
+            elif causal:
+                seen = max(0, T - L + stop)  # behind padding T may be below L
             some = None if valid is None else valid[:, :, :seen]
             queries = q[:, :, start:stop]
             parts.append(
-                _answer(queries, k[:, :, :seen], v[:, :, :seen], scale, causal, softcap, some)
+                _answer(queries, k[:, :, :seen], v[:, :, :seen], scale, causal, softcap, some, last)
             )
         return Partial(*(xp.concat([part[i] for part in parts], 2) for i in (0, 1)))
-    scores = scores_of(q, k, scale, softcap, valid)
+    scores = scores_of(q, k, scale, softcap, _there(0, T, valid, length, q))
     if causal and L > 1:
-        scores = xp.where(causal_mask(L, T, q), scores, -np.inf)
+        scores = xp.where(causal_mask(L, T if length is None else length, q, T), scores, -np.inf)
     return _softmax(scores, lambda p: p @ xp.promote(v))
 
 
@@ -112,12 +121,14 @@ def attend_coded(
     *,
     softcap: float | None = None,
     valid: Array | None = None,
+    length: Array | None = None,
 ) -> Partial:
     """Attention over tokens that are all older than every query, read a tile at a time.
 
-    A kernel may return the answers over parts of the tokens, not joined.
+    A kernel may return the answers over parts of the tokens, not joined. `length` as in
+    `attend_dense`: a whole number of blocks, of the n that there is room for.
 
-    Shapes: q [B, Hq, L, D]; k, v of n tokens each; valid bool [B, H or 1, n].
+    Shapes: q [B, Hq, L, D]; k, v of n tokens each; valid bool [B, H or 1, n]; length int32 [1].
     """
     xp, turned, parts = ops_of(q), k.turn(q), []
     B, Hq, L, D = q.shape
@@ -127,6 +138,7 @@ def attend_coded(
     for start in range(0, k.n, tile):
         stop = min(start + tile, k.n)
         some = None if valid is None else valid[:, :, start:stop]
+        some = _there(start, stop, some, length, q)
         if few:
             grouped = xp.promote(turned).reshape(B, H, Hq // H * L, D)
             products = k.scores(grouped, start, stop).reshape(B, H, Hq // H, L, stop - start)
@@ -243,10 +255,27 @@ def _capped(scores: Array, softcap: float | None, valid: Array | None) -> Array:
     return scores if valid is None else xp.where(valid[:, :, None, None, :], scores, -np.inf)
 
 
-def causal_mask(L: int, T: int, like: Array) -> Array:
-    """Which of T tokens each of the newest L sees. Shapes: returns bool [L, T]."""
+def _there(
+    start: int, stop: int, valid: Array | None, length: Array | None, like: Array
+) -> Array | None:
+    """Which of the tokens `start` to `stop` are valid and among the first `length`.
+
+    Shapes: valid, and what is returned, bool [B or 1, H or 1, stop - start]; None for all.
+    """
+    if length is None:
+        return valid
     xp = ops_of(like)
-    return xp.arange(T, like) <= xp.arange(L, like).reshape(L, 1) + (T - L)
+    there = (xp.arange(stop - start, like) + start < length).reshape(1, 1, -1)
+    return there if valid is None else valid & there
+
+
+def causal_mask(L: int, T: Any, like: Array, room: int | None = None) -> Array:
+    """Which of T tokens each of the newest L sees, in `room` for more where T is an array [1].
+
+    Shapes: returns bool [L, room or T].
+    """
+    xp = ops_of(like)
+    return xp.arange(room or T, like) <= xp.arange(L, like).reshape(L, 1) + (T - L)
 
 
 @op
