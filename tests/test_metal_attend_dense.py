@@ -192,3 +192,4 @@ def test_what_it_does_not_take_it_says(metal: None) -> None:
     part = Partial(mx.zeros((1, 2, 1, 64), mx.float16), mx.zeros((1, 2, 1)))
     assert reason(joined=[part]) == "takes answers in float32"
     assert "float64" in str(reason(dtype=mx.float64))
+    assert "length" in str(reason(length=mx.array([3])))
