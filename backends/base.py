@@ -73,7 +73,7 @@ class Ops(Protocol):
     def where(self, condition: Array, a: Any, b: Any) -> Array: ...
     def maximum(self, a: Array, b: Any) -> Array: ...
     def minimum(self, a: Array, b: Any) -> Array: ...
-    def write(self, buffer: Array, start: int, x: Array, axis: int) -> Array: ...
+    def write(self, buffer: Array, start: int | Array, x: Array, axis: int) -> Array: ...
     def after(self, x: Array, done: Array) -> Array: ...
     def orthonormal(self, x: Array) -> Array: ...
     def quantized_matmul(
@@ -176,10 +176,13 @@ class Engine(Protocol):
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """Token ids of a text, or of a conversation of which it is the first message."""
 
-    def make_cache(self, method: Method, prefill: str = "exact", *, free: bool = False) -> Any:
+    def make_cache(
+        self, method: Method, prefill: str = "exact", *, free: bool = False, graph: bool = False
+    ) -> Any:
         """The cache that the library's own generation loop takes.
 
-        With `free` the weights that this cache makes useless are freed, for good.
+        With `free` the weights that this cache makes useless are freed, for good. With `graph`
+        steps of one token are recorded and replayed, on a CUDA GPU.
         """
 
     def store(self, cache: Any) -> KVStore:

@@ -50,6 +50,7 @@ from kvc.cli.run import Stats, hush, load, run
     default=None,
     help="With the model's chat template or without.  [default: with, if it has one]",
 )
+@click.option("--graph", is_flag=True, help="Replay steps as a CUDA graph, on a GPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, text included.")
 @click.option("--quiet", is_flag=True, help="No progress and no statistics on stderr.")
 @dtype_option
@@ -67,6 +68,7 @@ def generate(
     top_p: float,
     seed: int | None,
     chat: bool | None,
+    graph: bool,
     as_json: bool,
     quiet: bool,
     dtype: str | None,
@@ -87,7 +89,7 @@ def generate(
         max_tokens = max(1, limit - len(ids))
         if not quiet:
             click.echo(f"kvc: the context of {limit} has room for {max_tokens} tokens", err=True)
-    cache = engine.make_cache(parsed, prefill, free=True)
+    cache = engine.make_cache(parsed, prefill, free=True, graph=graph)
     stats = Stats(engine.name, method, len(ids))
     shown: list[str] = []
 

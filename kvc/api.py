@@ -39,6 +39,7 @@ def make_cache(
     prefill: str = "exact",
     *,
     free: bool = False,
+    graph: bool = False,
     **params: Any,
 ) -> Any:
     """A compressed cache for a model of mlx-lm or transformers, of the kind its library takes.
@@ -51,6 +52,8 @@ def make_cache(
             values, such as `KVSharer("map.json") + Gear(bits=2)`.
         prefill: `exact` keeps the prompt dense until it ends; `stream` compresses its pieces.
         free: Free the weights that the method makes useless, KVSharer's projections, for good.
+        graph: On a CUDA GPU, with transformers: record steps of one token as a CUDA graph, which
+            the host starts at once. For methods that code whole buffers.
         params: The method's, such as `bits=2`; with several methods `**{"gear.bits": 2}`.
 
     Raises:
@@ -71,7 +74,7 @@ def make_cache(
         got = f"{type(model).__module__}.{type(model).__name__}"
         raise ConfigError(f"make_cache: expected a model of mlx-lm or transformers, got {got}")
     return import_module(f"kvc.backends.{library}.cache").make_cache(
-        model, method, prefill, free=free
+        model, method, prefill, free=free, graph=graph
     )
 
 

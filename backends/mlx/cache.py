@@ -45,7 +45,12 @@ _CONTEXT = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len
 
 
 def make_cache(
-    model: Any, method: Method, prefill: str = "exact", *, free: bool = False
+    model: Any,
+    method: Method,
+    prefill: str = "exact",
+    *,
+    free: bool = False,
+    graph: bool = False,
 ) -> list[Any]:
     """A prompt cache for `model` that keeps its tokens as `method` says.
 
@@ -57,6 +62,10 @@ def make_cache(
         ConfigError: If the model and the method do not go together; always before generation.
         ArtifactError: If the method's files are of another model.
     """
+    if graph:
+        raise ConfigError(
+            "graph: expected a model of transformers, got one of mlx-lm; leave it out"
+        )
     fit = model_fit(model)
     method = method.check(fit.shape)
     check_eviction(method, fit)

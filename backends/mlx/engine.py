@@ -61,10 +61,10 @@ class Engine:
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
     def make_cache(
-        self, method: Method, prefill: str = "exact", *, free: bool = False
+        self, method: Method, prefill: str = "exact", *, free: bool = False, graph: bool = False
     ) -> list[Any]:
         """A cache that keeps its tokens as `method` says; see `kvc.backends.mlx.cache`."""
-        return make_cache(self.model, method, prefill, free=free)
+        return make_cache(self.model, method, prefill, free=free, graph=graph)
 
     def store(self, cache: Sequence[Any]) -> KVStore:
         """The store under a prompt cache."""

@@ -142,9 +142,10 @@ def all(x: Array) -> Array:
     return mx.all(x)
 
 
-def write(buffer: Array, start: int, x: Array, axis: int) -> Array:
+def write(buffer: Array, start: int | Array, x: Array, axis: int) -> Array:
     """`buffer` with `x` at `start` along `axis`; MLX reuses the memory where it can."""
-    return mx.slice_update(buffer, x.astype(buffer.dtype), mx.array([start]), [axis % buffer.ndim])
+    at = start if isinstance(start, mx.array) else mx.array([start])
+    return mx.slice_update(buffer, x.astype(buffer.dtype), at, [axis % buffer.ndim])
 
 
 def after(x: Array, done: Array) -> Array:

@@ -142,9 +142,9 @@ def all(x: Array) -> Any:
     return np.all(x)
 
 
-def write(buffer: Array, start: int, x: Array, axis: int) -> Array:
+def write(buffer: Array, start: int | Array, x: Array, axis: int) -> Array:
     """`buffer` with `x` at `start` along `axis`; a new array, so inputs may be read-only."""
-    buffer = buffer.copy()
+    buffer, start = buffer.copy(), np.asarray(start).item()
     np.moveaxis(buffer, axis, 0)[start : start + x.shape[axis]] = np.moveaxis(x, axis, 0)
     return buffer
 

@@ -27,6 +27,7 @@ from kvc.backends.torch.attention import (
     uninstall,
 )
 from kvc.backends.torch.entry import KVCCache, kind_of
+from kvc.backends.torch.graph import Steps, record, route, why_not
 from kvc.backends.torch.projections import (
     free_projections,
     freed_layers,
@@ -68,13 +69,20 @@ class _Watch:
 
 
 def make_cache(
-    model: PreTrainedModel, method: Method, prefill: str = "exact", *, free: bool = False
+    model: PreTrainedModel,
+    method: Method,
+    prefill: str = "exact",
+    *,
+    free: bool = False,
+    graph: bool = False,
 ) -> KVCCache:
     """A cache for `model` that keeps its tokens as `method` says.
 
     Key and value projections of layers that read another layer's cache do not run with this cache.
     Their weights stay for other caches, unless `free` gives back their memory, for good; models
     that have q, k and v in one matrix keep them.
+
+    With `graph` steps of one token are recorded as a CUDA graph and replayed.
 
     Raises:
         ConfigError: If the model and the method do not go together; always before generation.
@@ -87,6 +95,11 @@ def make_cache(
         install(model)
     cache = KVCCache(model.config, method, prefill, fit.mode)
     cache.kinds = describe(fit.shape, cache.store)
+    if graph:
+        if reason := why_not(model, method, fit.mode, len(cache.others)):
+            raise ConfigError(f"graph: expected {reason}; leave it out")
+        cache.steps = Steps(cache, record)
+        route(model)
     check_weights(freed_layers(model), cache.sharers)
     if cache.sharers:
         put_gates(model, cache.sharers)

@@ -117,9 +117,11 @@ class Engine:
             )
         )
 
-    def make_cache(self, method: Method, prefill: str = "exact", *, free: bool = False) -> KVCCache:
+    def make_cache(
+        self, method: Method, prefill: str = "exact", *, free: bool = False, graph: bool = False
+    ) -> KVCCache:
         """A cache that keeps its tokens as `method` says; see `kvc.backends.torch.cache`."""
-        return make_cache(self.model, method, prefill, free=free)
+        return make_cache(self.model, method, prefill, free=free, graph=graph)
 
     def store(self, cache: KVCCache) -> KVStore:
         """The store behind a cache."""

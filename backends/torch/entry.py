@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kvc.backends.base import FULL
 from kvc.backends.torch.attention import Handle, leading_pads
+from kvc.backends.torch.graph import Steps
 from kvc.errors import ConfigError
 from kvc.methods import Method
 from kvc.store.store import KVStore
@@ -111,12 +112,13 @@ class KVCCache(Cache):
         self.model_layers = tuple(ours)  # the model's number of each layer of the store
         self.store = KVStore(method, len(ours), prefill=prefill)
         self.kinds: tuple[str, ...] = ()  # what each of the model's layers keeps, in words
+        self.steps: Steps | None = None  # recorded ones; see graph.py
         self.batch = 0
         self._pads: tuple[int, int, list[int] | None] = (0, 0, None)
         for layer, i in enumerate(ours):
             layers[i] = KVCLayer(self, layer)
         super().__init__(layers=layers)
-        self._others = [layer for layer in layers if not isinstance(layer, KVCLayer)]
+        self.others = [layer for layer in layers if not isinstance(layer, KVCLayer)]
         owners = map(self.store.owner, range(len(ours)))
         self.sharers = frozenset(ours[j] for j, owner in enumerate(owners) if owner != j)
 
@@ -134,7 +136,7 @@ class KVCCache(Cache):
         """Forget all tokens."""
         self.store.reset()
         self._pads = (0, 0, None)
-        for layer in self._others:
+        for layer in self.others:
             layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -146,26 +148,26 @@ class KVCCache(Cache):
         n = -n if n <= 0 else max(self.get_seq_length() - n, 0)
         if self.store.length(0):
             self.store.trim(n)
-        for layer in self._others:
+        for layer in self.others:
             layer.crop(-n)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row `i` of the cache what row `beam_idx[i]` was."""
         if self.store.length(0):
             self.store.reorder(beam_idx.tolist())
-        for layer in self._others:
+        for layer in self.others:
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         if self.store.length(0):
             self.store.reorder([i for i in range(self.batch) for _ in range(repeats)])
-        for layer in self._others:
+        for layer in self.others:
             layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`."""
         if self.store.length(0):
             self.store.reorder(indices.tolist())
-        for layer in self._others:
+        for layer in self.others:
             layer.batch_select_indices(indices)

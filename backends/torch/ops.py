@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -81,7 +82,13 @@ def broadcast_to(x: Array, shape: Sequence[int]) -> Array:
 
 
 def take(x: Array, rows: Sequence[int], axis: int) -> Array:
-    return x.index_select(axis, torch.tensor(list(rows), device=x.device))
+    return x.index_select(axis, _index(tuple(rows), x.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _index(rows: tuple[int, ...], device: torch.device) -> Array:
+    """Rows as a tensor; kept, as the same ones are asked for in every layer and step."""
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 def take_along_axis(x: Array, index: Array, axis: int) -> Array:
@@ -142,8 +149,13 @@ def minimum(a: Array, b: Any) -> Array:
     return torch.minimum(a, b) if isinstance(b, torch.Tensor) else torch.clamp(a, max=b)
 
 
-def write(buffer: Array, start: int, x: Array, axis: int) -> Array:
-    """`buffer` with `x` at `start` along `axis`, written in place."""
+def write(buffer: Array, start: int | Array, x: Array, axis: int) -> Array:
+    """`buffer` with `x` at `start` along `axis`, written in place.
+
+    A start [1] on the device is of one entry.
+    """
+    if isinstance(start, torch.Tensor):
+        return buffer.index_copy_(axis, start, x.to(buffer.dtype))
     buffer.narrow(axis, start, x.shape[axis]).copy_(x)
     return buffer
 

@@ -27,6 +27,18 @@ def signs(head_dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return matrix
 
 
+_uploaded: dict[tuple[str, str, int], Array] = {}
+
+
+def _signs_beside(x: Array) -> Array:
+    """The signs on the device of `x` [..., head_dim]; sent there once."""
+    xp, size = ops_of(x), x.shape[-1]
+    key = xp.name, str(getattr(x, "device", "")), size
+    if key not in _uploaded:
+        _uploaded[key] = xp.from_numpy(signs(size), x)
+    return _uploaded[key]
+
+
 def hadamard(x: Array) -> Array:
     """X Hd over the last axis; Hd is symmetric and orthogonal, so it is its own inverse.
 
@@ -34,5 +46,5 @@ def hadamard(x: Array) -> Array:
     """
     xp = ops_of(x)
     x, size = xp.promote(x), x.shape[-1]
-    turned = x @ xp.astype(xp.from_numpy(signs(size), x), x.dtype)
+    turned = x @ xp.astype(_signs_beside(x), x.dtype)
     return turned * float(size & -size) ** -0.5

@@ -162,6 +162,14 @@ class Coded(Past):
         """Each run by itself."""
         return [replace(self, runs=[run]) for run in self.runs]
 
+    def roomy(self) -> Iterator[tuple[Coded, bool]]:
+        """Each run by itself; the last, which grows and is told by true, with all its room."""
+        *done, last = self.runs
+        for run in done:
+            yield replace(self, runs=[run]), False
+        capacity = last.code.d.codes.shape[0]
+        yield replace(self, runs=[replace(last, n=capacity)]), True
+
     def rows(self, rows: Sequence[int]) -> Coded:
         """Some of the rows, which may repeat."""
 

@@ -28,15 +28,18 @@ class Room:
         capacity = max(1, self.x.shape[2])
         return int(self.x.nbytes // capacity * (capacity - self.n)) if self.x.nbytes else 0
 
-    def append(self, x: Array, growth: int = GROWTH) -> None:
-        """Adds tokens behind the others; a full buffer grows by `growth` or an eighth."""
+    def append(self, x: Array, growth: int = GROWTH, at: Array | None = None) -> None:
+        """Adds tokens behind the others; a full buffer grows by `growth` or an eighth.
+
+        `at` [1] is where that is, if the device is to say it.
+        """
         end = self.n + x.shape[2]
         if self.x.shape[2] == 0:
             self.x, self.n = x, end
             return
         if end > self.x.shape[2]:
             self.reserve(max(end, self.x.shape[2] + max(growth, self.n // 8)))
-        self.x = ops_of(x).write(self.x, self.n, x, 2)
+        self.x = ops_of(x).write(self.x, self.n if at is None else at, x, 2)
         self.n = end
 
     def reserve(self, capacity: int) -> None:
@@ -51,12 +54,16 @@ class Room:
         """Some of the tokens, a view."""
         return self.x[:, :, start : self.n if stop is None else stop]
 
-    def part(self, start: int, stop: int, capacity: int = 0) -> Room:
-        """Some of the tokens in a buffer of their own, of `capacity` or as many as there are."""
+    def drop(self, start: int, n: int, capacity: int) -> None:
+        """Forgets `n` tokens from `start` on, in a buffer of `capacity`: this one, if it is."""
         xp = ops_of(self.x)
-        room = Room(xp.copy(self.tokens(start, stop)), stop - start)
-        room.reserve(capacity)
-        return room
+        rest = xp.copy(self.tokens(start + n))
+        if self.x.shape[2] != capacity:
+            self.x = xp.concat([self.tokens(0, start), rest], 2) if start else rest
+            self.reserve(capacity)
+        elif rest.shape[2]:
+            self.x = xp.write(self.x, start, rest, 2)
+        self.n -= n
 
     def rows(self, rows: Sequence[int], start: int = 0) -> Room:
         """Some of the rows, from a token on."""

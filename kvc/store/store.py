@@ -51,12 +51,14 @@ class KVStore:
         numbers = method.numbers or range(n_layers)
         self._files = method.memory.maps(numbers) if method.memory else {}
         self._maps: dict[int, Kernels] = {}  # the same in the library of the tokens
+        self.changes = 0  # grows with everything but `advance`
         # told of every layer's queries as they come, for what is learned from them
         self.listener: Callable[[Query], None] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forgets every token."""
+        self.changes += 1
         paired = {layer for pair in self._pairs for layer in pair}
         alone = ((layer,) for layer in sorted(set(self._owners) - paired))
         self._slots = [self._slot(layers) for layers in (*self._pairs, *alone)]
@@ -98,6 +100,7 @@ class KVStore:
             ConfigError: if the method's groups do not fit the head dimension.
             KVCError: if a prompt that is compressed now holds NaN or infinity.
         """
+        self.changes += 1
         if not self._lengths[layer]:
             self._begin(layer, k)
         self._lengths[layer] += k.shape[2]
@@ -196,15 +199,32 @@ class KVStore:
         if n >= max(self._lengths):
             self.reset()
             return
+        self.changes += 1
         for slot in self._slots:
             slot.trim(n)
         self._lengths = [length - n for length in self._lengths]
 
     def reorder(self, rows: Iterable[int]) -> None:
         """Makes row i of the batch a copy of row `rows[i]`, as beam search does."""
+        self.changes += 1
         rows = [int(row) for row in rows]
         for slot in self._slots:
             slot.reorder(rows)
+
+    def units(self) -> list[Unit]:
+        """The caches of all layers' rows, once they are compressed; none before."""
+        if any(slot.whole for slot in self._slots):
+            return []
+        return [unit for slot in self._slots for _, unit in slot.groups]
+
+    def advance(self) -> None:
+        """Counts a token of every row that a recorded step has written."""
+        self._lengths = [length + 1 for length in self._lengths]
+        for slot in self._slots:
+            slot.last = 1
+        for unit in self.units():
+            assert isinstance(unit, Tokens)
+            unit.advance()
 
     def arrays(self) -> list[Array]:
         """Every array that the store holds."""

@@ -10,6 +10,7 @@ from kvc.methods.gear import Gear
 from kvc.ops.attention import Partial, attend_coded, attend_dense
 from kvc.ops.past import Layout, Past
 from kvc.ops.quant import Role
+from kvc.store.clock import Clock
 from kvc.store.coded import Coded
 from kvc.store.room import Room
 from kvc.store.unit import Part, Query, check_finite
@@ -41,12 +42,7 @@ class Series:
 
     def drop(self, n: int, capacity: int) -> None:
         """Forgets the window's oldest `n` tokens behind the sinks, which others hold now."""
-        if not self.sink:
-            self.window = self.window.part(n, self.window.n, capacity)
-            return
-        sinks, rest = self.window.tokens(0, self.sink), self.window.tokens(self.sink + n)
-        self.window = Room.of(ops_of(rest).concat([sinks, rest], 2))
-        self.window.reserve(self.sink + capacity)
+        self.window.drop(self.sink, n, self.sink + capacity)
 
     def read(self) -> Array:
         """All tokens [B, H, T, D] as attention sees them, in the dtype that came."""
@@ -108,6 +104,7 @@ class Tokens:
     v: Series
     codec: Gear | None = None
     layer: int = 0
+    clock: Clock | None = None  # of recorded steps
 
     @property
     def faces(self) -> tuple[Tokens]:
@@ -125,8 +122,33 @@ class Tokens:
 
     def append(self, k: Array, v: Array) -> None:
         """Adds tokens [B, H, L, D]."""
-        self.k.window.append(k)
-        self.v.window.append(v)
+        at = self.clock.at if self.clock and self.clock.on else None
+        self.k.window.append(k, at=at)
+        self.v.window.append(v, at=at)
+
+    @property
+    def steady(self) -> bool:
+        """Whether one more token only enters the windows, whose buffers have room for it."""
+        codec, k, v = self.codec, self.k, self.v
+        return (
+            codec is not None
+            and isinstance(k.past, Coded)
+            and isinstance(v.past, Coded)
+            and k.newest == v.newest
+            and due(codec, k, codec.buffer) == 0
+            and k.window.n < min(k.window.x.shape[2], v.window.x.shape[2])
+        )
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Of steady tokens: those in each window, and those in the run that grows."""
+        assert isinstance(self.k.past, Coded)
+        return self.k.window.n, self.k.past.runs[-1].tokens
+
+    def advance(self) -> None:
+        """Counts a token that a recorded step has written."""
+        self.k.window.n += 1
+        self.v.window.n += 1
 
     def settle(self, prompt: bool) -> None:
         """Codes the tokens that are due.
@@ -171,6 +193,8 @@ class Tokens:
     def attend(self, query: Query) -> Partial:
         """The answer of all tokens; the newest L are the queries' own."""
         q, scale, softcap = query.q, query.scale, query.softcap
+        if self.clock and self.clock.on:
+            return self._attend_by(self.clock, query)
         k, v, exact, parts = self.k, self.v, self.held, []
         older_k, older_v = k.older(exact), v.older(exact)
         if older_k and older_v and older_k.n:
@@ -185,6 +209,20 @@ class Tokens:
         return attend_dense(
             q, k.window.tokens(start_k), v.window.tokens(start_v), scale,
             causal=True, softcap=softcap, joined=parts, sinks=query.sinks, dtype=q.dtype,
+        )  # fmt: skip
+
+    def _attend_by(self, clock: Clock, query: Query) -> Partial:
+        """The same of steady tokens, where the device says how many there are in the buffers."""
+        q, scale, softcap, parts = query.q, query.scale, query.softcap, []
+        assert isinstance(self.k.past, Coded)
+        assert isinstance(self.v.past, Coded)
+        pieces = zip(self.k.past.roomy(), self.v.past.roomy(), strict=True)
+        for (piece_k, growing), (piece_v, _) in pieces:
+            length = clock.coded if growing else None
+            parts.append(attend_coded(q, piece_k, piece_v, scale, softcap=softcap, length=length))
+        return attend_dense(
+            q, self.k.window.x, self.v.window.x, scale, causal=True, softcap=softcap,
+            length=clock.end, joined=parts, sinks=query.sinks, dtype=q.dtype,
         )  # fmt: skip
 
     def read(self) -> tuple[Array, Array]:
