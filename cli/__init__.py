@@ -8,6 +8,7 @@ import click
 
 from kvc.cli.generate import generate
 from kvc.cli.info import info
+from kvc.cli.lm_eval import lm_eval
 from kvc.cli.push import push
 from kvc.cli.search import search
 from kvc.cli.train import train
@@ -44,6 +45,7 @@ def main() -> None:
 
 main.add_command(generate)
 main.add_command(info)
+main.add_command(lm_eval)
 main.add_command(push)
 main.add_command(search)
 main.add_command(train)
