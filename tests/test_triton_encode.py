@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvc.ops import residual
 from kvc.ops.codec import Code, arrays, decode, encode, map_code, turn
 from kvc.ops.quant import Quantized, quantize, unpack_tokens
 from kvc.ops.residual import clear, fill, find_outliers, power_iteration, rows, start
@@ -15,7 +16,7 @@ from tests.cases import assert_close, exact, view
 from tests.cases.encode import CASES, GEAR2, Case, args
 from tests.cases.quantize import assert_codes
 from tests.tolerances import STORED, TIE
-from tests.triton_device import kernels, marks, on_gpu, tensor
+from tests.triton_device import kernels, launched, marks, on_gpu, tensor
 
 pytestmark = marks()
 
@@ -131,6 +132,28 @@ def test_of_equal_entries_the_earlier_are_outliers(role: Any, values: int) -> No
     check(case, tensor(few.astype(np.float32) * -1.0, "float32", "cpu"))
 
 
+def test_a_start_is_the_same_when_it_was_drawn_early() -> None:
+    def drawn(chunk: int, rank: int) -> np.ndarray[Any, Any]:
+        rng = np.random.default_rng([7, 3, 1, chunk])
+        return rng.standard_normal((2, 32, max(16, rank)))[..., :rank]
+
+    for chunk, rank in ((0, 4), (1, 2), (2, 2), (3, 4), (4, 20), (5, 2), (9, 2), (9, 2), (10, 2)):
+        assert np.array_equal(start(7, 3, "v", chunk, 2, 32, rank), drawn(chunk, rank))
+        early = residual._early[7, 3, "v"]
+        assert np.array_equal(early.numbers.result(), drawn(chunk + 1, rank))  # and waits for it
+
+
+def test_an_early_start_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    start(8, 3, "k", 0, 2, 32, 2)
+    want = residual._early[8, 3, "k"].numbers.result()
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(residual, "_draw", never)
+    assert np.array_equal(want, start(8, 3, "k", 1, 2, 32, 2))
+
+
 @pytest.mark.parametrize("n", [64, 320])  # a fit by one program, and by several
 def test_a_rank_above_that_of_the_block_adds_nothing(n: int) -> None:
     from kvc.cuda_kernels.encode_low_rank import fit
@@ -183,19 +206,9 @@ def test_a_constant_block_is_itself(scales: str) -> None:
 )
 @pytest.mark.skipif(on_gpu(), reason="the interpreter's launches are counted")
 def test_a_block_of_decoding_takes_few_launches(case: Case, launches: list[str]) -> None:
-    from triton.runtime.interpreter import GridExecutor
-
     from kvc.cuda_kernels import encode as kernel
 
-    made = []
-    call = GridExecutor.__call__
-
-    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made.append(self.fn.__name__)
-        return call(self, *args, **kwargs)
-
-    with kernels() as device, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GridExecutor, "__call__", noting)
+    with kernels() as device, launched() as made:
         kernel.run(block(case, device), case.spec, **case.options)
     assert made == launches
 

@@ -113,3 +113,20 @@ def counted() -> Iterator[Count]:
         patch.setattr(builder, "create_masked_load", counting_load)
         patch.setattr(builder, "create_masked_store", counting_store)
         yield count
+
+
+@contextmanager
+def launched() -> Iterator[list[str]]:
+    """Names of the kernels that are launched within the block, in the interpreter."""
+    from triton.runtime.interpreter import GridExecutor
+
+    names: list[str] = []
+    call = GridExecutor.__call__
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(self.fn.__name__)
+        return call(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", noting)
+        yield names

@@ -5,13 +5,17 @@ GEAR (Kang et al. 2024, arXiv:2403.05527): X is about D + L + S.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from decimal import Decimal
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from kvc.backends.base import Array, ops_of
 from kvc.ops.quant import Role
+
+Numbers: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 class LowRank(NamedTuple):
@@ -109,10 +113,46 @@ def add_rows(x: Array, outliers: Outliers, role: Role, start: int = 0) -> Array:
 
 def start(
     seed: int, layer: int, role: Role, chunk: int, heads: int, head_dim: int, rank: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """The seeded start of the power iteration, [H, D, r], equal on every backend."""
+) -> Numbers:
+    """The seeded start of the power iteration, [H, D, r], equal on every backend.
+
+    A thread draws the next chunk's meanwhile, since that takes longer than all else that the host
+    does to code a block of decoding.
+    """
+    of, shape = (seed, layer, role), (heads, head_dim, max(16, rank))
+    early = _early.pop(of, None)
+    if early and early[:2] == (chunk, shape) and early.rank >= rank and early.numbers.done():
+        found = early.numbers.result()
+    else:
+        found = _draw(*of, chunk, shape, rank)
+    later = _thread().submit(_draw, *of, chunk + 1, shape, rank)
+    _early[of] = Early(chunk + 1, shape, rank, later)
+    return found[..., :rank]
+
+
+def _draw(
+    seed: int, layer: int, role: Role, chunk: int, shape: tuple[int, int, int], rank: int
+) -> Numbers:
+    """The first `rank` columns of a draw of this shape."""
     rng = np.random.default_rng([seed, layer, 0 if role == "k" else 1, chunk])
-    return rng.standard_normal((heads, head_dim, max(16, rank)))[..., :rank]
+    return rng.standard_normal(shape)[..., :rank].copy()
+
+
+class Early(NamedTuple):
+    """A start that is drawn before it is asked for."""
+
+    chunk: int
+    shape: tuple[int, int, int]
+    rank: int
+    numbers: Future[Numbers]
+
+
+_early: dict[tuple[int, int, Role], Early] = {}  # by seed, layer and role
+
+
+@cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "kvc-start")
 
 
 def power_iteration(e: Array, c0: Array, n_iter: int) -> LowRank:
