@@ -26,7 +26,7 @@ WARPS = 8
 TALL = 1024  # rows of A that are taken at a time
 
 
-@lru_cache(maxsize=4096)  # copies to a GPU take longer than a fit does
+@lru_cache(maxsize=256)  # those of one step: copies to a GPU take longer than a fit does
 def beginning(
     seed: tuple[int, int, int], role: Role, H: int, D: int, r: int, device: torch.device
 ) -> torch.Tensor:

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from kvc.cuda_kernels.launch import Traffic, Variant, off_device, off_types
+from kvc.cuda_kernels.launch import (
+    TYPES,
+    Traffic,
+    Variant,
+    off_device,
+    off_types,
+    type_name,
+)
 from kvc.cuda_kernels.quantize_kernel import sweep
 from kvc.ops.quant import Backbone, Quantized, Role, n_words
 
@@ -69,7 +77,10 @@ def why_not(
     zero: torch.dtype,
 ) -> str | None:
     """Why the kernel cannot take these arguments; None if it can."""
-    reason = off_device(x) or off_types(x, x.new_empty(0, dtype=scale), x.new_empty(0, dtype=zero))
+    reason = off_device(x) or off_types(x)
+    for dtype in (scale, zero):
+        if reason is None and dtype not in TYPES:
+            reason = f"stores steps in float16, bfloat16 or float32, not {type_name(dtype)}"
     if reason is None and x.shape[3] % 16:
         reason = f"takes a head_dim that is a multiple of 16, not {x.shape[3]}"
     if reason is None and tiling(x.shape, bits, role, backbone, group_size) is None:
@@ -137,6 +148,7 @@ def constants(tile: Tiling, H: int, D: int, bits: int, role: Role) -> dict[str, 
     }  # fmt: skip
 
 
+@lru_cache  # asked for several times by every call
 def tiling(
     shape: tuple[int, ...], bits: int, role: Role, backbone: Backbone, group_size: int
 ) -> Tiling | None:

@@ -119,5 +119,6 @@ def test_what_it_does_not_take() -> None:
         x, *how = inputs(Case(), device)
         assert "not 60" in str(kernel.why_not(x[..., :60], *how))
         assert "not float64" in str(kernel.why_not(x.double(), *how))
+        assert "not float64" in str(kernel.why_not(x, *how[:-1], x.double().dtype))
         odd = inputs(replace(Case(n=1998), group=999), device)
         assert "not 999" in str(kernel.why_not(*odd))
