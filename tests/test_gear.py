@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -238,3 +239,22 @@ def test_sharers_read_their_owner(xp: ModuleType) -> None:
     out = [xp.to_numpy(store.attend(i, x, 0.125)) for i in range(3)]
     np.testing.assert_array_equal(out[0], out[2])
     assert store.report().layers[1:] == [0, 0]
+
+
+def test_layers_are_coded_with_their_own_bits() -> None:
+    """By the model's numbers, which are not the store's where some layers keep a window."""
+    method = replace(parse("kivi", {"layer_bits": "1:8/4,5:4"}), numbers=(1, 3, 5))
+    store = KVStore(method, 3)
+    x = np.random.default_rng(0).standard_normal((1, 2, 129, 64)).astype("f4")
+    for t in (slice(0, 128), slice(128, 129)):
+        for layer in range(3):
+            store.append(layer, x[:, :, t], x[:, :, t])
+    plain = [
+        KVStore(parse("kivi", given), 1) for given in ({"k_bits": 8, "v_bits": 4}, {}, {"bits": 4})
+    ]
+    for layer, other in enumerate(plain):
+        for t in (slice(0, 128), slice(128, 129)):
+            other.append(0, x[:, :, t], x[:, :, t])
+        for a, b in zip(store.read(layer), other.read(0), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert store.report().layers[layer] == other.nbytes

@@ -25,6 +25,9 @@ SLIDING = {"prefill_rank": 0, "rank": 0, "outliers": 0.0, "value_window": "slidi
         ({"backbone": "awq"}, "backbone must be kivi, kcvt or token, got 'awq'"),
         ({"scale_dtype": "int8"}, "scale_dtype must be empty, float16, bfloat16 or float32, got"),
         ({"zero_dtype": "half"}, "zero_dtype must be empty, float16, bfloat16 or float32, got"),
+        ({"layer_bits": "3"}, "such as 0-3:8/4,7:4, got '3'"),
+        ({"layer_bits": "0:3"}, "the bits, 2, 4 or 8, of keys and values, .* got '0:3'"),
+        ({"layer_bits": "0-2:4,2:8/4"}, "layer_bits must name a layer once, got 2 twice"),
         ({"value_window": "sliding"}, r"got prefill_rank=4; set gear.prefill_rank=0 or gear.value"),
         *(
             (
@@ -54,6 +57,20 @@ def test_groups_must_divide_the_width() -> None:
     Gear(v_group=16).check(80)
     Gear(backbone="kcvt").check(80)
     Gear(scales="dual", buffer=100).check(80)  # neither the buffer nor the width has groups
+
+
+def test_a_layer_has_bits_of_its_own() -> None:
+    codec = Gear(bits=2, k_bits=4, layer_bits="0-1:8/4, 3:4")
+    assert [codec.of(i).bits_of("k") for i in range(5)] == [8, 8, 4, 4, 4]
+    assert [codec.of(i).bits_of("v") for i in range(5)] == [4, 4, 2, 4, 2]
+    assert codec.of(0) == Gear(bits=2, k_bits=8, v_bits=4)
+
+
+def test_layers_with_bits_of_their_own_must_be_there() -> None:
+    codec = Gear(layer_bits="2:8,9:8")
+    codec.check_layers((2, 5, 9))
+    with pytest.raises(ConfigError, match=r"layers that keep all tokens \(2, 5\), got 9"):
+        codec.check_layers((2, 5))
 
 
 def test_a_spec_is_of_one_role() -> None:

@@ -71,6 +71,7 @@ class Method:
         numbers = shape.full_layers
         if self.codec:
             self.codec.check(shape.head_dim)
+            self.codec.check_layers(numbers)
         layout = self.layout
         if isinstance(layout, MiniCache) and not layout.pairs(len(numbers)):
             raise ConfigError(

@@ -7,7 +7,9 @@ Rotation is SAW-INT4's (2026, arXiv:2604.19157), two-sided scales are KVarN's (a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from kvc.errors import ConfigError
@@ -23,6 +25,7 @@ CHOICES = {
     "scale_dtype": ("", "float16", "bfloat16", "float32"),
     "zero_dtype": ("", "float16", "bfloat16", "float32"),
 }
+LAYER_BITS = re.compile(r"(\d+)(?:-(\d+))?:([248])(?:/([248]))?")
 # what a sliding value window, which codes one token at a time, cannot be joined with
 PLAIN = {
     "backbone": "kivi",
@@ -45,6 +48,8 @@ class Gear(Part):
     bits: int = 2  # of keys and values alike
     k_bits: int = 0  # of keys; 0 as `bits`
     v_bits: int = 0  # of values; 0 as `bits`
+    # of keys and values of some layers, by the model's numbers: 0-3:8/4,7:4
+    layer_bits: str = ""
     backbone: Backbone = "kivi"
     group_size: int = 64  # of keys and values alike
     k_group: int = 0  # of keys; 0 as `group_size`
@@ -73,6 +78,7 @@ class Gear(Part):
             value = getattr(self, name)
             if value not in (2, 4, 8) and not (name != "bits" and value == 0):
                 raise ConfigError(f"gear: {name} must be 2, 4 or 8, got {value}")
+        self.bits_by_layer()
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 *most, last = (choice or "empty" for choice in known)
@@ -118,6 +124,44 @@ class Gear(Part):
                     f"gear: {name} must divide the model's head_dim {head_dim}, got {group}; "
                     f"set gear.{name}={math.gcd(group, head_dim)} or another divisor of it"
                 )
+
+    def bits_by_layer(self) -> dict[int, tuple[int, int]]:
+        """Bits of keys and of values in the layers that `layer_bits` names.
+
+        Raises:
+            ConfigError: if it is no such text, or names a layer twice.
+        """
+        found: dict[int, tuple[int, int]] = {}
+        for entry in self.layer_bits.split(",") if self.layer_bits else ():
+            match = LAYER_BITS.fullmatch(entry.strip())
+            if match is None:
+                raise ConfigError(
+                    "gear: layer_bits must be layers with the bits, 2, 4 or 8, of keys and values, "
+                    f"such as 0-3:8/4,7:4, got {entry!r}"
+                )
+            first, last, k_bits, v_bits = match.groups()
+            for layer in range(int(first), int(last or first) + 1):
+                if layer in found:
+                    raise ConfigError(f"gear: layer_bits must name a layer once, got {layer} twice")
+                found[layer] = int(k_bits), int(v_bits or k_bits)
+        return found
+
+    def of(self, layer: int) -> Gear:
+        """The codec of a layer, by the model's number, with its own bits."""
+        k_bits, v_bits = self.bits_by_layer().get(layer, (self.k_bits, self.v_bits))
+        return replace(self, k_bits=k_bits, v_bits=v_bits, layer_bits="")
+
+    def check_layers(self, numbers: Sequence[int]) -> None:
+        """That the layers that have bits of their own are among those that keep all tokens.
+
+        Raises:
+            ConfigError: if one is not.
+        """
+        if others := self.bits_by_layer().keys() - {*numbers}:
+            raise ConfigError(
+                f"gear: layer_bits must name layers that keep all tokens "
+                f"({', '.join(map(str, numbers))}), got {min(others)}"
+            )
 
     def bits_of(self, role: Role) -> int:
         """Bits of a code of keys (`k`) or values (`v`)."""

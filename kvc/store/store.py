@@ -48,8 +48,8 @@ class KVStore:
         self.method, self.prefill, self.lone_tail = method, prefill, lone_tail
         self._owners = method.owners(n_layers)
         self._pairs = method.pairs(n_layers)
-        numbers = method.numbers or range(n_layers)
-        self._files = method.memory.maps(numbers) if method.memory else {}
+        self._numbers = method.numbers or range(n_layers)
+        self._files = method.memory.maps(self._numbers) if method.memory else {}
         self._maps: dict[int, Kernels] = {}  # the same in the library of the tokens
         self.changes = 0  # grows with everything but `advance`
         # told of every layer's queries as they come, for what is learned from them
@@ -68,19 +68,20 @@ class KVStore:
 
     def _slot(self, layers: tuple[int, ...]) -> Slot:
         method, first = self.method, layers[0]
+        codec = method.codec and method.codec.of(self._numbers[first])
 
         def start(wholes: list[Whole], score: Array | None, watch: Watch) -> Unit:
             k, v = wholes[0]
             if method.memory:
                 tokens = (k.tokens(), v.tokens())
                 return Evicting.of(
-                    method.memory, method.codec, first, self._maps.get, *tokens, score, watch
+                    method.memory, codec, first, self._maps.get, *tokens, score, watch
                 )
             if len(wholes) == 1:
-                return Tokens(Series(k), Series(v), method.codec, first)
+                return Tokens(Series(k), Series(v), codec, first)
             a, b = (Tokens(Series(k), Series(v)) for k, v in wholes)
             assert isinstance(method.layout, MiniCache)
-            return Pair(method.layout, method.codec, first, (a, b))
+            return Pair(method.layout, codec, first, (a, b))
 
         return Slot(layers, start, method.memory.policy if method.memory else "")
 
