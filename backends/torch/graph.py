@@ -1,9 +1,9 @@
 """Steps of decoding that are recorded once, as a CUDA graph, and replayed.
 
-A step of one token in which nothing is compressed launches the same kernels on the same buffers as
-the step before it; only counts differ, and those are on the device (`kvc.store.clock`). The host
-then starts one graph in place of some hundred kernels. Other steps run as ever: prompts, those that
-compress, and the first ones after buffers have grown.
+A step of one token launches the same kernels on the same buffers as the step before it; only counts
+differ, and those are on the device (`kvc.store.clock`). The host then starts one graph in place of
+some hundred kernels. What is due is compressed before, by launches of its own. Other calls run as
+ever: prompts, and the first steps after buffers have grown.
 """
 
 from __future__ import annotations
@@ -83,15 +83,18 @@ class Steps:
             and given.get("use_cache") is not False
             and given.get("return_dict") is not False
             and all(x is None or x is False for x in _rest(given))
-            and self._steady()
+            and bool(self.cache.store.units())
         )
 
     def _steady(self) -> bool:
-        units = self.cache.store.units()
-        return bool(units) and all(isinstance(unit, Tokens) and unit.steady for unit in units)
+        return all(isinstance(x, Tokens) and x.steady for x in self.cache.store.units())
 
     def __call__(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
         """What `forward` returns for a step that is taken."""
+        if not self._steady():
+            self.cache.store.settle()
+            if not self._steady():
+                return forward(**given)
         same = self._take(given) & self._follow()
         if not same:
             # as it will be recorded, for kernels are compiled and loaded by the first launch

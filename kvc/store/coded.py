@@ -13,6 +13,8 @@ from kvc.ops.past import Layout, Past
 from kvc.ops.quant import Role
 from kvc.store.unit import Part
 
+GROWTH = 8  # full buffers grow by one part in so many
+
 
 @dataclass(slots=True)
 class Run:
@@ -28,12 +30,12 @@ class Run:
         return self.n * self.spec.n
 
     def append(self, code: Code) -> None:
-        """Adds a block; full buffers grow by an eighth, or by one block."""
+        """Adds a block; full buffers grow by one block at least."""
 
         def put(buffer: Array, new: Array) -> Array:
             xp = ops_of(new)
             if self.n == buffer.shape[0]:
-                room = xp.zeros((max(1, self.n // 8), *new.shape), new.dtype, new)
+                room = xp.zeros((max(1, self.n // GROWTH), *new.shape), new.dtype, new)
                 buffer = xp.concat([buffer, room], 0)
             return xp.write(buffer, self.n, new[None], 0)
 

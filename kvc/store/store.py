@@ -122,6 +122,12 @@ class KVStore:
             xp = ops_of(k)
             self._maps[layer] = Kernels(*(xp.from_numpy(x, k) for x in self._files[layer]))
 
+    def settle(self) -> None:
+        """Compresses what is due before one more token, as its append would."""
+        self.changes += 1
+        for slot in self._slots:
+            self._settle(slot, 1)
+
     def _settle(self, slot: Slot, coming: int) -> None:
         """Compresses what is due before `coming` tokens are added."""
         if not slot.last or not self.method.parts:
