@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ DARK = 0.55  # the share of the deep colour above which text on it is light
 class Cell:
     """One value in a map, from 0 to 1 as a colour; nothing was measured where it is None."""
 
+    value: float | None
     heat: float | None
     said: str  # within, if there is room
     hint: str
@@ -34,17 +36,18 @@ class Heat:
     cells: Mapping[tuple[int, int], Cell]
 
 
-def draw(heat: Heat, room: float, most: float = 46.0) -> str:
-    """The map, as SVG at most `room` wide; cells are at most so wide."""
+def draw(heat: Heat, room: float, kind: str = "any", most: float = 46.0) -> str:
+    """The map, as SVG `room` wide; cells are at most so wide."""
     left = max(width(row, SMALL) for row in heat.rows) + 10
     wide = min((room - left - 4) / max(len(heat.columns), 1), most)
-    high = min(wide, 24.0) if wide >= 24 else max(wide, 12.0)
+    high = min(max(wide, 18.0 if len(heat.rows) <= 8 else 0.0), 24.0)
+    step = math.ceil(12 / high)  # between the names of rows
     frame = Frame(room, 22 + high * len(heat.rows) + 38, left, 4, 22, 38)
     marks = [text(0, 10, f"{heat.row_label} \u2193", "title")]
     marks += [
         text(left - 6, 22 + high * (i + 0.5) + 4, row, "tick", "end")
         for i, row in enumerate(heat.rows)
-        if high >= 11 or i % 2 == 0
+        if i % step == 0
     ]
     ended, bottom = -1e9, frame.y[0]
     for j, column in enumerate(heat.columns):
@@ -56,7 +59,7 @@ def draw(heat: Heat, room: float, most: float = 46.0) -> str:
     for (i, j), cell in heat.cells.items():
         marks.append(_cell(cell, left + wide * j, 22 + high * i, wide, high))
     said = f"{heat.title}: {heat.row_label} by {heat.column_label}. The figures are below."
-    return drawing(frame, said, "any", *marks)
+    return drawing(frame, said, kind, *marks)
 
 
 def _cell(cell: Cell, x: float, y: float, wide: float, high: float) -> str:
@@ -78,8 +81,8 @@ def _cell(cell: Cell, x: float, y: float, wide: float, high: float) -> str:
 def recall_maps(cells: Sequence[Mapping[str, Any]], title: str) -> list[tuple[str, Heat]]:
     """A map for each kind of question and number of facts: which, and the map.
 
-    Rows are depths. Columns are contexts, as needle tests have them, where there are several; else
-    distances from the fact to the question.
+    Rows are depths. Columns are contexts, as needle tests have them; distances from the fact to the
+    question where a depth of a context has several.
     """
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for cell in cells:
@@ -87,16 +90,17 @@ def recall_maps(cells: Sequence[Mapping[str, Any]], title: str) -> list[tuple[st
     found = []
     for (kind, facts), group in groups.items():
         name = f"{kind}, {facts} {'fact' if facts == 1 else 'facts'}"
-        several = len({cell["context"] for cell in group}) > 1
-        found.append((name, _recall(f"{title}, {name}", group, several)))
+        places = {(cell["context"], *cell["depth"]) for cell in group}
+        heat = _recall(f"{title}, {name}", group, by_distance=len(places) < len(group))
+        found.append((name, heat))
     return found
 
 
-def _recall(title: str, group: Sequence[Mapping[str, Any]], several: bool) -> Heat:
+def _recall(title: str, group: Sequence[Mapping[str, Any]], *, by_distance: bool) -> Heat:
     depths = sorted({tuple(cell["depth"]) for cell in group})
 
     def column(cell: Mapping[str, Any]) -> tuple[int, ...]:
-        return (cell["context"],) if several else tuple(cell["distance"])
+        return tuple(cell["distance"]) if by_distance else (cell["context"],)
 
     columns = sorted({column(cell) for cell in group})
     sums: dict[tuple[int, int], tuple[int, int, set[str]]] = {}
@@ -111,9 +115,9 @@ def _recall(title: str, group: Sequence[Mapping[str, Any]], several: bool) -> He
         lines = [f"{exact} of {asked} facts", f"told at {_depth(depths[i])} % of the context"]
         lines.append(f"{' and '.join(sorted(far))} tokens before the question")
         said = "" if share is None else f"{100 * share:.0f}"
-        found[i, j] = Cell(share, said, "\n".join([title, *lines]))
+        found[i, j] = Cell(share, share, said, "\n".join([title, *lines]))
     names = ["\u2013".join(_tokens(t) for t in column) for column in columns]
-    label = "tokens of context" if several else "tokens to the question"
+    label = "tokens to the question" if by_distance else "tokens of context"
     return Heat(title, tuple(map(_depth, depths)), tuple(names), "depth, %", label, found)
 
 
@@ -145,7 +149,7 @@ def distance_map(distances: Sequence[Sequence[Any]], shared: Mapping[str, Any], 
             reader, owner = (i, j) if owners.get(i) == j else (j, i)
             lines.append(f"layer {reader} reads the cache of layer {owner}")
         heat = (value - low) / (high - low) if high > low else 0.5
-        found[i, j] = Cell(heat, number(value, 3), "\n".join(lines), mark)
+        found[i, j] = Cell(value, heat, number(value, 3), "\n".join(lines), mark)
     cells = {(i - 1, j): cell for (i, j), cell in found.items()}  # layer 0 is below none
     readers, owners_ = tuple(map(str, range(1, n))), tuple(map(str, range(n - 1)))
     return Heat(title, readers, owners_, "layer", "layer", cells)
@@ -158,9 +162,13 @@ def _either(matrix: Sequence[Sequence[Any]], i: int, j: int) -> Any:
 
 
 def retained_map(pairs: Sequence[Sequence[int]], retained: Sequence[Sequence[Any]]) -> Heat:
-    """MiniCache's retained tokens: the share of each bucket of positions, for each pair."""
+    """MiniCache's retained tokens: the share of each bucket of positions, for each pair.
+
+    Colours reach to the largest share: a few percent are what there is to see.
+    """
     names = tuple(f"{a} and {b}" for a, b in pairs)
     n = max((len(row) for row in retained), default=0)
+    most = max((share for row in retained for share in row if known(share)), default=0.0)
     found = {}
     for i, row in enumerate(retained):
         for j, share in enumerate(row):
@@ -168,18 +176,19 @@ def retained_map(pairs: Sequence[Sequence[int]], retained: Sequence[Sequence[Any
                 continue
             place = f"bucket {j + 1} of {len(row)}"
             lines = [f"layers {names[i]}", place, f"{percent(share)} of the tokens kept apart"]
-            found[i, j] = Cell(float(share), f"{100 * share:.0f}", "\n".join(lines))
+            heat = share / most if most else 0.0
+            found[i, j] = Cell(share, heat, f"{100 * share:.0f}", "\n".join(lines))
     edges = tuple(f"{100 * (j + 1) / n:.0f} %" for j in range(n))
     title = "Tokens that MiniCache kept apart"
     return Heat(title, names, edges, "layers", "position, of the context", found)
 
 
 def table_of(heat: Heat) -> tuple[list[str], list[list[Any]]]:
-    """The map's figures: rows by columns, as they are written in the cells."""
+    """The map's figures: rows by columns."""
     head = [f"{heat.row_label} / {heat.column_label}", *heat.columns]
     cells = heat.cells
     rows = [
-        [row, *(cells[i, j].said if (i, j) in cells else None for j in range(len(heat.columns)))]
+        [row, *(cells[i, j].value if (i, j) in cells else None for j in range(len(heat.columns)))]
         for i, row in enumerate(heat.rows)
     ]
     return head, rows

@@ -25,6 +25,7 @@ from kvc.measure.report_page.svg import (
 )
 
 LABEL = 18  # letters of a label at most
+MOST = 18  # lines with names and colours; more cannot be told apart
 SPREAD = 12.0  # times the smallest value that the largest is before an axis is logarithmic
 MARGIN = 18.0  # px from a line's end to its name
 
@@ -93,7 +94,8 @@ def draw(chart: Curves, first: Collection[str], kind: str, width_: float, height
     y, off = _y_scale(chart, frame)
     x = _x_scale([x for curve in curves for x, _, _ in curve.points], frame, chart.by_layer)
     ticks = [t for t in x.ticks() if t == int(t)] if chart.by_layer else None
-    shown = _named(curves, first, int((frame.y[0] - frame.y[1]) / HIGH) + 1)
+    room = int((frame.y[0] - frame.y[1]) / HIGH) + 1
+    shown = _named(curves, first, min(room, MOST))
     low, high = sorted(frame.y)
     ends = [min(max(y(curve.points[-1][1]), low), high) for curve in curves]
     wanted = [ends[i] for i in shown]
@@ -117,7 +119,10 @@ def _y_scale(chart: Curves, frame: Frame) -> tuple[Scale, set[int]]:
         if y.log:
             return y, set()
     off = set(outliers([-min(one) if chart.more else max(one) for one in ys]))
-    return scale_of([v for i, one in enumerate(ys) if i not in off for v in one], *frame.y), off
+    every, kept = ([v for i, one in enumerate(ys) if i not in o for v in one] for o in ((), off))
+    if 3 * (max(kept) - min(kept)) > max(every) - min(every):
+        return scale_of(every, *frame.y), set()
+    return scale_of(kept, *frame.y), off
 
 
 def _x_scale(places: Sequence[float], frame: Frame, whole: bool) -> Scale:
@@ -126,7 +131,8 @@ def _x_scale(places: Sequence[float], frame: Frame, whole: bool) -> Scale:
         return Scale(low - 0.3, max(high, low + 1) + 0.3, *frame.x)
     if low > 0 and high / low > 40:
         return Scale(low / 1.1, high, *frame.x, log=True)
-    return Scale(0, high, *frame.x) if high > 0 else Scale(0, 1, *frame.x)
+    low = low - (high - low) / 30 if low > 0.2 * high else 0.0
+    return Scale(low, high, *frame.x) if high > low else Scale(low, low + 1, *frame.x)
 
 
 def _named(curves: Sequence[Curve], first: Collection[str], most: int) -> list[int]:

@@ -36,8 +36,9 @@ def tag(name: str, *inside: str, **attributes: Any) -> str:
 
 
 def short(text: str, most: int) -> str:
-    """Text of `most` characters at most, with an ellipsis where it was cut."""
-    return text if len(text) <= most else text[: most - 1] + "\u2026"
+    """Text of `most` characters at most: settings differ at the end, so the middle is left out."""
+    head = most // 3
+    return text if len(text) <= most else f"{text[:head]}\u2026{text[head + 1 - most :]}"
 
 
 def width(text: str, size: float = 12.0) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from kvc.files import write_whole
 from kvc.measure.report_page import sections, tables
 from kvc.measure.report_page.figures import glyph, section
-from kvc.measure.report_page.markup import listed, percent, tag, words
+from kvc.measure.report_page.markup import listed, percent, short, tag, words
 from kvc.measure.report_page.quality import Plane, headline, planes
 from kvc.measure.report_page.rows import FULL, Run, as_json, runs_of
 from kvc.measure.report_page.script import SCRIPT
@@ -74,8 +74,8 @@ def _bar(runs: Sequence[Run]) -> str:
     looks = {look.index: look for run in runs for look in run.looks.values()}
     chips = [
         tag(
-            "button", glyph(look), words(look.label), type="button", class_="chip",
-            data_m=look.index, aria_pressed="false", title=look.does,
+            "button", glyph(look), words(short(look.label, 26)), type="button", class_="chip",
+            data_m=look.index, aria_pressed="false", title=f"{look.label}: {look.does}",
         )
         for look in looks.values()
     ]  # fmt: skip

@@ -27,7 +27,7 @@ from kvc.measure.report_page.svg import (
 
 LABEL = 26  # letters of a label at most
 HALVES = [2.0**-n for n in range(12, -1, -1)]  # shares of dense bytes that ticks are at
-OFF = 26.0  # px beyond the scale, for what is far worse than the rest
+OFF = 32.0  # px beyond the scale, for what is far worse than the rest
 
 
 def draw(run: Run, plane: Plane, kind: str, wide: float, high: float) -> str:
@@ -35,7 +35,7 @@ def draw(run: Run, plane: Plane, kind: str, wide: float, high: float) -> str:
     frame, q = Frame(wide, high, left=50), plane.quality
     x, ticks = _shares([p.share for p in plane.points], frame)
     y, off = _values(plane, frame)
-    edge = frame.y[0] - 5 if q.more else frame.y[1] + 5  # where those off the scale are
+    edge = frame.y[0] - 9 if q.more else frame.y[1] + 9  # where those off the scale are
     at = [(x(p.share), edge if i in off else y(p.value)) for i, p in enumerate(plane.points)]
     stairs = _stairs([spot for spot, p in zip(at, plane.points, strict=True) if p.front], frame)
     good = "better \u2196" if q.more else "better \u2199"

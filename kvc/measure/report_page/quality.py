@@ -19,6 +19,8 @@ from kvc.measure.report_page.markup import (
 )
 from kvc.measure.report_page.rows import FULL, Results, Run, Setting, full_of
 
+TOLD = 7  # of the methods on a front; one more is told rather than counted
+
 
 @dataclass(frozen=True, slots=True)
 class Quality:
@@ -153,11 +155,11 @@ def headline(run: Run, found: Sequence[Plane]) -> str:
             continue
         q, best = plane.quality, plane.best
         if best is not None and run.looks[best.label].method != FULL:
-            return f"{best.label} keeps {q.promise} in {percent(best.share)} of its bytes"
+            return f"{best.label} keeps {q.promise} in {percent(best.share)} of the dense bytes"
         near = (max if q.more else min)(compressed, key=lambda p: p.value)
         return (
             f"No method kept {q.promise}: {near.label} came nearest, "
-            f"{q.form(near.value)} in {percent(near.share)} of its bytes"
+            f"{q.form(near.value)} in {percent(near.share)} of the dense bytes"
         )
     n = len(others)
     return f"{run.model}: what {n} {'method' if n == 1 else 'methods'} cost"
@@ -170,6 +172,8 @@ def on_front(run: Run, plane: Plane) -> str:
     if not front:
         return "No compressed cache is on the front: the full one is no larger, and better."
     said = [f"{p.label} ({percent(p.share)}, {form(p.value)})" for p in front]
+    if len(said) > TOLD + 1:
+        said = [*said[:TOLD], f"{len(said) - TOLD} more"]
     full = "" if plane.full is None else f"; the full cache: {form(plane.full)}"
     return f"On the front, by bytes: {listed(said)}{full}."
 

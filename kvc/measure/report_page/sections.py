@@ -249,9 +249,14 @@ def _map(labels: str, key: str, given: Mapping[str, Any]) -> str:
             note += " Framed: one layer reads the other's cache."
     else:
         heat = cells.retained_map(given["pairs"], given["retained"])
-        note = f"{labels}: percent of tokens that pairs of layers did not merge, by position."
-    drawn = cells.draw(heat, NARROW)
-    return figure(heat.title, note, drawn, table(heat.title, *cells.table_of(heat)))
+        most = max((cell.value or 0.0 for cell in heat.cells.values()), default=0.0)
+        note = (
+            f"{labels}: tokens that pairs of layers did not merge, in percent, by position. "
+            f"The strongest colour: {percent(most)}."
+        )
+    drawn = cells.draw(heat, WIDE, "wide") + cells.draw(heat, NARROW, "narrow")
+    figures = table(heat.title, *cells.table_of(heat))
+    return figure(heat.title, note, drawn, figures, "chart top")
 
 
 def costs(run: Run, at: str) -> str:

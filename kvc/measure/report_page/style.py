@@ -48,6 +48,7 @@ section>h3{margin:22px 0 8px}
 .chart{display:flex;flex-direction:column;min-width:0}
 .chart figcaption{margin-bottom:10px}
 .grid .chart>svg{margin-top:auto}
+.grid .top>svg{margin-top:0}
 .full-width{margin-top:20px}
 .map{min-width:0;max-width:200px}
 .map figcaption{font-size:13px;font-weight:600;overflow-wrap:anywhere;line-height:1.25}
@@ -100,7 +101,7 @@ svg{display:block;overflow:visible;font:12px/1 system-ui,-apple-system,"Segoe UI
 th svg,td svg,.key svg,.chip svg,figcaption svg{display:inline-block}
 svg text{fill:var(--ink)}
 .wide,.narrow,.any{width:100%;height:auto}
-.any{max-width:343px}.map .any{max-width:200px}.grid .any{margin:0!important}
+.any{max-width:343px}.map .any{max-width:200px}
 .narrow{display:none;max-width:440px}
 svg .tick,svg .title,svg .better,svg .part{font-size:11px}
 svg .tick,svg .title,svg .better{fill:var(--dim)}
@@ -148,8 +149,7 @@ a{color:var(--c0);text-underline-offset:2px;text-decoration-thickness:1px}
 button{font:inherit;font-size:13px;color:var(--ink);background:var(--raised);cursor:pointer;
  border:1px solid var(--rule);border-radius:7px;padding:3px 10px;white-space:nowrap;min-height:30px}
 button:focus-visible,summary:focus-visible{outline:2px solid var(--c0);outline-offset:1px}
-.chip{background:none;border-color:transparent;padding:2px 7px 2px 4px;max-width:190px;
- overflow:hidden;text-overflow:ellipsis;flex:none}
+.chip{background:none;border-color:transparent;padding:2px 7px 2px 4px;flex:none}
 .chip:hover{background:var(--raised)}
 .chip[aria-pressed=true]{background:var(--raised);border-color:var(--ink)}
 #tip{position:fixed;z-index:9;pointer-events:none;background:var(--ink);color:var(--paper);
@@ -163,13 +163,14 @@ footer{margin:48px auto 64px}
 _PHONE = """
 .chips{flex-wrap:nowrap}html{scroll-padding-top:56px}
 header{padding-top:26px}section{margin-top:44px}.wide{display:none}.narrow{display:block}
-.summary{font-size:13px}.summary th,.summary td{white-space:normal;padding-right:8px}
+.summary tr>:last-child{display:none}.summary{font-size:13px}
+.summary th,.summary td{white-space:normal;padding-right:8px}
 .summary .n{white-space:nowrap}.summary thead th{vertical-align:bottom}
-.summary td:nth-child(2){white-space:nowrap;overflow:hidden;text-overflow:ellipsis;max-width:30vw}
+.summary td:nth-child(2){white-space:nowrap;overflow:hidden;text-overflow:ellipsis;max-width:28vw}
 """
 _PRINT = """
 @page{margin:14mm}
-body{font-size:11pt}nav,footer,#tip,details{display:none}
+body{font-size:11pt}.bar,.contents,footer,#tip,details{display:none}
 section{margin-top:26px}figure,.maps{break-inside:avoid}h2,h3{break-after:avoid}
 .scroll{overflow:visible}.all{font-size:6.5pt}.all th,.all td{padding:2px 5px 2px 0}
 .all th[scope=row]{position:static}.wide{display:block}.narrow{display:none}

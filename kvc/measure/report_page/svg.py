@@ -11,6 +11,8 @@ from kvc.measure.report_page.markup import known, tag, tick, width, words
 
 SMALL = 11.0  # px, the type of ticks
 TEXT = 12.0  # px, the type of labels
+ROUNDING = 1e-6  # what float32 leaves of an error of nothing, at most
+GAP = 10.0  # between rounding and the least that is more, at least
 STRIP = 18.0  # px, between the zero below a logarithmic axis and its first value
 
 
@@ -18,8 +20,9 @@ STRIP = 18.0  # px, between the zero below a logarithmic axis and its first valu
 class Scale:
     """Values from `low` to `high` on pixels from `start` to `stop`.
 
-    A logarithmic one keeps its place `start` for 0 where `zero` says so: shares of nothing and
-    divergences of nothing belong into the picture.
+    A logarithmic one keeps its place `start` for 0 where `zero` says so, because errors of nothing
+    belong into the picture; for all below `low` too where `nearly` does, because rounding is
+    nothing.
     """
 
     low: float
@@ -28,11 +31,12 @@ class Scale:
     stop: float
     log: bool = False
     zero: bool = False
+    nearly: bool = False
 
     def __call__(self, x: float) -> float:
         """The pixel of a value."""
         start = self.start + math.copysign(STRIP, self.stop - self.start) * self.zero
-        if self.log and x <= 0:
+        if self.log and (x <= 0 or (self.nearly and x < self.low)):
             return self.start
         low, high, x = (math.log(v) if self.log else v for v in (self.low, self.high, x))
         return start + (x - low) / (high - low) * (self.stop - start)
@@ -61,14 +65,24 @@ def scale_of(
         log: Logarithmic where the highest positive value is so many times the lowest.
         low: The lowest value of a linear scale, where there is one.
     """
-    positive = [v for v in values if v > 0]
-    if log and positive and min(values) >= 0 and max(positive) / min(positive) >= log:
-        bottom, top, zero = min(positive), max(positive), len(positive) < len(values)
-        air = (top / bottom) ** 0.06
-        return Scale(bottom / air, top * air, start, stop, log=True, zero=zero)
+    positive = sorted(v for v in values if v > 0)
+    if log and positive and min(values) > -ROUNDING:
+        first = _above_rounding(positive)
+        bottom, top, zero = positive[first], positive[-1], first + len(values) - len(positive)
+        if top / bottom >= log or zero:
+            air = (top / bottom) ** 0.06 if top > bottom else 2.0
+            where = bottom / air, top * air, start, stop
+            return Scale(*where, log=True, zero=bool(zero), nearly=first > 0)
     bottom, top = min(values) if low is None else low, max(values)
     air = 0.06 * (top - bottom) or 0.06 * abs(top) or 1.0
     return Scale(bottom - air if low is None else low, top + air, start, stop)
+
+
+def _above_rounding(values: Sequence[float]) -> int:
+    """Where, in ascending values, those begin that are more than rounding: behind a wide gap."""
+    first = sum(v < ROUNDING for v in values)
+    apart = 0 < first < len(values) and values[first] > GAP * values[first - 1]
+    return first if apart else 0
 
 
 def outliers(losses: Sequence[float]) -> list[int]:
@@ -177,10 +191,10 @@ def axes(
     (left, right), (bottom, top) = frame.x, frame.y
     marks = []
     for value in y.ticks(max(int((bottom - top) / 45), 3)):
-        at = y(value)
+        at, about = y(value), "\u2248 " if y.nearly and value == 0 else ""
         marks += [
             line(left, at, right, at, "grid"),
-            text(left - 6, at + 4, y_form(value), "tick", "end"),
+            text(left - 6, at + 4, f"{about}{y_form(value)}", "tick", "end"),
         ]
     marks.append(line(left, bottom, right, bottom, "axis"))
     ticks = x.ticks(max(int((right - left) / 64), 3)) if x_ticks is None else x_ticks

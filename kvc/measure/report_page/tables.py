@@ -30,7 +30,7 @@ TASKS: dict[str, tuple[str, tuple[Column, ...]]] = {
         (
             Column("nbytes", "all", size),
             Column("bytes_per_token", "per token", size),
-            Column("ratio", "dense / its own", _three),
+            Column("ratio", "dense / own", _three),
         ),
     ),
     "ppl": (
