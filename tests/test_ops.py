@@ -72,6 +72,14 @@ def test_write(xp: ModuleType) -> None:
     np.testing.assert_array_equal(xp.to_numpy(got), want)
 
 
+def test_write_where_an_array_says(xp: ModuleType) -> None:
+    want, piece = X.copy(), np.full((2, 1, 6), 7, np.float32)
+    want[:, 2:3] = piece
+    at = xp.from_numpy(np.array([2], np.int64))
+    got = xp.write(xp.copy(xp.from_numpy(X)), at, xp.from_numpy(piece), 1)
+    np.testing.assert_array_equal(xp.to_numpy(got), want)
+
+
 def test_after_changes_nothing(xp: ModuleType) -> None:
     x = xp.from_numpy(X)
     np.testing.assert_array_equal(xp.to_numpy(xp.after(x, x * 2)), X)
