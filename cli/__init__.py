@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from kvc.cli.eval import evaluate
 from kvc.cli.generate import generate
 from kvc.cli.info import info
 from kvc.cli.lm_eval import lm_eval
@@ -43,6 +44,7 @@ def main() -> None:
     """
 
 
+main.add_command(evaluate)
 main.add_command(generate)
 main.add_command(info)
 main.add_command(lm_eval)

@@ -15,3 +15,6 @@ TIE = 1e-4
 
 # Answers of kernels whose products are of numbers in these types: probabilities are rounded.
 PRODUCTS = {"float32": (1e-5, 1e-5), "float16": (1e-3, 1e-3), "bfloat16": (8e-3, 8e-3)}
+
+# Figures of an evaluation on two backends: three digits, of what is below 1 three decimals.
+FIGURES = (1e-3, 1e-3)

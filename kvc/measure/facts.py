@@ -53,11 +53,35 @@ class Planted(NamedTuple):
     told: NDArray[np.int64]  # [n, F], where the number of each fact begins
     asked: NDArray[np.int64]  # [F], where it begins in the questions
     n_tokens: int  # of a number
+    one_name: bool = False  # whether all facts are about one name, so that any may be answered
 
     @property
     def distances(self) -> NDArray[np.int64]:
         """Tokens from telling to question. [n, F]."""
         return np.asarray(self.asked - self.told)
+
+    @property
+    def depths(self) -> NDArray[np.float64]:
+        """Share of the context that lies before each fact's number. [n, F]."""
+        return np.asarray(self.told / self.context)
+
+    def right(self, best: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which of the most probable tokens [n, F, n_tokens] are right; the same shape.
+
+        A token is right if it goes on with the number that is asked for. With one name it is also
+        right if it goes on, behind the same digits, with a number that later questions ask for.
+        """
+        places = self.asked[:, None] + np.arange(self.n_tokens)
+        numbers = self.ids[:, places]
+        right = np.asarray(best == numbers)
+        if not self.one_name:
+            return right
+        for f in range(numbers.shape[1]):
+            for other in range(f + 1, numbers.shape[1]):
+                same = numbers[:, other] == numbers[:, f]
+                before = np.cumprod(np.insert(same[:, :-1], 0, True, axis=1), axis=1).astype(bool)
+                right[:, f] |= before & (best[:, f] == numbers[:, other])
+        return right
 
 
 def plant(
@@ -67,11 +91,25 @@ def plant(
     length: int,
     n_facts: int = 8,
     seed: int = 0,
+    *,
+    depths: NDArray[np.float64] | None = None,
+    one_name: bool = False,
 ) -> Planted:
-    """`n` rows of `length` tokens, each a passage of a text with facts at log-uniform distances.
+    """`n` rows of `length` tokens, each a passage of a text with facts.
 
     The texts, as tokens without special ones, take turns. All facts have as many tokens as each
     other, so that rows can be fed side by side; the same arguments give the same rows.
+
+    Args:
+        engine: Whose tokenizer it is.
+        texts: Where passages come from.
+        n: Rows.
+        length: Tokens of a row.
+        n_facts: Facts in a row, F.
+        seed: Of passages, names, numbers and distances.
+        depths: Share of the passage before each fact, from 0 to below 1. [n, F]. Without them
+            distances are log-uniform.
+        one_name: Whether all facts of a row are about one name.
 
     Raises:
         ConfigError: If the facts do not fit into a row, the texts are too short, or the tokenizer
@@ -81,7 +119,7 @@ def plant(
     told_by = {name: _sentence(engine, name, _number(rng)) for name in NAMES}
     (shape, _), = Counter(s.shape for s in told_by.values()).most_common(1)  # fmt: skip
     names = [name for name, s in told_by.items() if s.shape == shape]
-    if len(names) < n_facts:
+    if len(names) < (1 if one_name else n_facts):
         raise ConfigError(
             f"recall: expected {n_facts} names that make facts of one length, got {len(names)}; "
             "ask for fewer facts"
@@ -101,12 +139,15 @@ def plant(
     ids, told = np.empty((n, length), np.int32), np.empty((n, n_facts), np.int64)
     for row in range(n):
         text = texts[row % len(texts)]
-        chosen = rng.choice(len(names), n_facts, replace=False)
-        facts = [_like(engine, names[i], shape, rng) for i in chosen]
+        chosen = rng.choice(len(names), 1 if one_name else n_facts, replace=False)
+        facts = _facts(engine, [names[i] for i in np.resize(chosen, n_facts)], shape, rng)
         first = int(rng.integers(len(text) - T + 1))
         passage = [int(token) for token in text[first : first + T]]
-        distances = np.sort(np.exp(rng.uniform(np.log(NEAREST), np.log(T), n_facts)))
-        cuts = [T - int(d) for d in distances]
+        if depths is None:
+            distances = np.sort(np.exp(rng.uniform(np.log(NEAREST), np.log(T), n_facts)))
+            cuts = [T - int(d) for d in distances]
+        else:
+            cuts = [int(depth * T) for depth in np.sort(depths[row])[::-1]]
         tokens, last = list(begin), 0
         for i in reversed(range(n_facts)):
             tokens += passage[last : cuts[i]]
@@ -114,8 +155,20 @@ def plant(
             tokens += facts[i]
         # the nearest first, for the questions lengthen the later distances
         ids[row] = [*tokens, *passage[last:], *(token for fact in facts for token in fact)]
-    context = length - n_facts * size
-    return Planted(ids, context, told, context + start + size * np.arange(n_facts), stop - start)
+    context, asked = length - n_facts * size, start + size * np.arange(n_facts)
+    return Planted(ids, context, told, context + asked, stop - start, one_name)
+
+
+def _facts(
+    engine: Engine, names: Sequence[str], shape: tuple[int, int, int], rng: np.random.Generator
+) -> list[tuple[int, ...]]:
+    """The tokens of a fact about each name; no two are the same."""
+    found: list[tuple[int, ...]] = []
+    for name in names:
+        while (fact := _like(engine, name, shape, rng)) in found:
+            pass
+        found.append(fact)
+    return found
 
 
 def _number(rng: np.random.Generator) -> str:

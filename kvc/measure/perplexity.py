@@ -174,11 +174,16 @@ def surprise(logits: Array, targets: NDArray[Any]) -> NDArray[np.float64]:
     """
     xp = ops_of(logits)
     x = xp.promote(logits)
-    top = xp.max(x, -1, keepdims=True)
-    lse = top + xp.log(xp.sum(xp.exp(x - top), -1, keepdims=True))
     index = xp.from_numpy(targets[..., None].astype(np.int32), x)
-    found = lse - xp.take_along_axis(x, index, -1)
+    found = log_sum_exp(x) - xp.take_along_axis(x, index, -1)
     return xp.to_numpy(found)[..., 0].astype(np.float64)
+
+
+def log_sum_exp(x: Array) -> Array:
+    """Log sum exp over the last axis, kept as one of length 1: logits less it are log p."""
+    xp = ops_of(x)
+    top = xp.max(x, -1, keepdims=True)
+    return top + xp.log(xp.sum(xp.exp(x - top), -1, keepdims=True))
 
 
 def not_finite(who: str, start: int, stop: int) -> KVCError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,14 @@ class Recall:
     facts: int
     digits: float
     numbers: float
+    nbytes: int  # of the caches of all rows, measured
+    dense_bytes: int  # of the same tokens, uncompressed
+
+
+class Answers(NamedTuple):
+    """Which tokens of the numbers are right, and what the cache held at the end."""
+
+    right: NDArray[np.bool_]  # [n, F, tokens of a number]
     nbytes: int  # of the caches of all rows, measured
     dense_bytes: int  # of the same tokens, uncompressed
 
@@ -80,15 +88,59 @@ def recall(
             too short for the facts.
         KVCError: If a probability is no number.
     """
-    counts = {"n": n, "n_facts": n_facts, "step": step, "chunk": chunk, "batch": batch}
+    counts = {"n": n, "n_facts": n_facts}
     check_ranges("recall", {name: (value, 1, None) for name, value in counts.items()})
     if not texts:
         raise ConfigError("recall: expected a text, got none")
     planted = plant(engine, texts, n, length, n_facts, seed)
+    found = ask(
+        engine, planted, method,
+        step=step, prefill=prefill, chunk=chunk, batch=batch, on_step=on_step,
+    )  # fmt: skip
+    return Recall(
+        tuple(_buckets(planted.distances, found.right, length)),
+        n * n_facts,
+        float(found.right.mean()),
+        float(found.right.all(-1).mean()),
+        found.nbytes,
+        found.dense_bytes,
+    )
+
+
+def ask(
+    engine: Engine,
+    planted: Planted,
+    method: Method,
+    *,
+    step: int = 1,
+    prefill: str = "exact",
+    chunk: int | None = None,
+    batch: int | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """Feeds rows with planted facts, and notes which tokens of their numbers are right.
+
+    Args:
+        engine: The model.
+        planted: The rows.
+        method: How the cache is compressed.
+        step: Tokens of the questions in a piece.
+        prefill: How what comes before them is compressed, `exact` or `stream`; see `feed`.
+        chunk: Tokens in a piece of that, about; by default it comes in one.
+        batch: How many rows at a time; by default as many as memory bears.
+        on_step: Called with the tokens fed so far, and how many there are in all rows.
+
+    Raises:
+        ConfigError: If an argument is out of range, or the rows are too long for the model.
+        KVCError: If a probability is no number.
+    """
+    counts = {"step": step, "chunk": chunk, "batch": batch}
+    check_ranges("recall", {name: (value, 1, None) for name, value in counts.items()})
     check_rows(engine, planted.ids, "recall")
+    n, length = planted.ids.shape
     widest = max(min(chunk or length, planted.context), step)
     batch = batch or batch_size(engine, length, widest)
-    right = np.empty((n, n_facts, planted.n_tokens), bool)
+    best = np.empty((n, len(planted.asked), planted.n_tokens), np.int64)
     nbytes, dense_bytes, fed = 0, 0, length - 1
     for first in range(0, n, batch):
         some = planted.ids[first : first + batch]
@@ -96,20 +148,13 @@ def recall(
         pieces = feed(engine, cache, some[:, :-1], planted.context, step, chunk)
         for start, stop, logits in pieces:
             for fact, digit, place in _asked(planted, start, stop):
-                best = _most_probable(logits[:, place - start], place)
-                right[first : first + batch, fact, digit] = best == some[:, place + 1]
+                found = _most_probable(logits[:, place - start], place)
+                best[first : first + batch, fact, digit] = found
             if on_step is not None:
                 on_step(first * fed + len(some) * stop, n * fed)
         report = engine.store(cache).report()
         nbytes, dense_bytes = nbytes + report.nbytes, dense_bytes + report.dense_bytes
-    return Recall(
-        tuple(_buckets(planted.distances, right, length)),
-        n * n_facts,
-        float(right.mean()),
-        float(right.all(-1).mean()),
-        nbytes,
-        dense_bytes,
-    )
+    return Answers(planted.right(best), nbytes, dense_bytes)
 
 
 def _asked(planted: Planted, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
