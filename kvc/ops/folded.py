@@ -1,7 +1,7 @@
 """Products with coded tokens of which none is decoded: scales are folded into the other factor.
 
-A block is X = D + L + S (see `kvc.ops.codec`). Here q X^T = q D^T + (q C) A^T and p X = p D +
-(p A) C^T. What does not fold (outliers, two-sided scales, groups that cut a byte) is decoded.
+A block is X = D + L + S (see `kvc.ops.codec`). Here q X^T = q D^T + (q C) A^T + q S^T and p X =
+p D + (p A) C^T + p S. What does not fold (two-sided scales, groups that cut a word) is decoded.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import math
 from kvc.backends.base import Array, ops_of
 from kvc.ops.codec import Code, Spec, decode
 from kvc.ops.quant import Quantized, strands, whole, woven
+from kvc.ops.residual import add_rows
 
-FEW = 2  # groups up to which scales are folded; a product for each of more costs too much
+FEW = 2  # groups up to which codes stay where they lie; more cost too many products one by one
 
 
 def scores(q: Array, code: Code, spec: Spec, start: int, stop: int) -> Array:
@@ -21,15 +22,19 @@ def scores(q: Array, code: Code, spec: Spec, start: int, stop: int) -> Array:
     Shapes: q [B, H, R, D] in the coordinates that tokens are stored in; returns
     [B, H, R, stop - start].
     """
-    d = code.d
-    if spec.role == "v" or code.s is not None or not isinstance(d, Quantized) or not _folds(spec):
+    d, xp = code.d, ops_of(q)
+    if spec.role == "v" or not isinstance(d, Quantized) or not _folds(spec):
         return q @ decode(code, spec, start, stop).swapaxes(-1, -2)
     found = (_by_token if spec.backbone == "token" else _by_channel)(q, d, spec, start, stop)
-    if code.l is None:
-        return found
-    xp = ops_of(q)
-    a, c = xp.promote(code.l.a[:, :, start:stop]), xp.promote(code.l.c)
-    return found + (q @ c) @ a.swapaxes(-1, -2)
+    if code.l is not None:
+        a, c = xp.promote(code.l.a[:, :, start:stop]), xp.promote(code.l.c)
+        found = found + (q @ c) @ a.swapaxes(-1, -2)
+    if code.s is not None:
+        B, H = q.shape[:2]
+        nothing = xp.zeros((B, H, spec.head_dim, stop - start), q.dtype, q)
+        s = add_rows(nothing.swapaxes(-1, -2), code.s, "k", start)
+        found = found + q @ s.swapaxes(-1, -2)
+    return found
 
 
 def sums(p: Array, code: Code, spec: Spec, start: int, stop: int) -> Array:
@@ -37,23 +42,27 @@ def sums(p: Array, code: Code, spec: Spec, start: int, stop: int) -> Array:
 
     Shapes: p [B, H, R, stop - start]; returns [B, H, R, D].
     """
-    d = code.d
-    if spec.role == "k" or code.s is not None or not isinstance(d, Quantized) or not _folds(spec):
+    d, xp = code.d, ops_of(p)
+    if spec.role == "k" or not isinstance(d, Quantized) or not _folds(spec):
         return p @ decode(code, spec, start, stop)
     size = spec.head_dim if spec.backbone == "kcvt" else spec.group_size
     step, low = (x[:, :, start:stop, :, 0] for x in (d.step, d.low))
     found = _product(p, d.codes[:, :, start:stop], step, low, size, spec.bits)
-    if code.l is None:
-        return found
-    xp = ops_of(p)
-    a, c = xp.promote(code.l.a[:, :, start:stop]), xp.promote(code.l.c)
-    return found + (p @ a) @ c.swapaxes(-1, -2)
+    if code.l is not None:
+        a, c = xp.promote(code.l.a[:, :, start:stop]), xp.promote(code.l.c)
+        found = found + (p @ a) @ c.swapaxes(-1, -2)
+    if code.s is not None:
+        B, H = p.shape[:2]
+        nothing = xp.zeros((B, stop - start, H, spec.head_dim), p.dtype, p)
+        found = found + p @ add_rows(nothing.swapaxes(1, 2), code.s, "v", start)
+    return found
 
 
 def _folds(spec: Spec) -> bool:
-    """Whether every group begins with a byte."""
-    m = 8 // spec.bits
-    return spec.head_dim % m == 0 and (spec.backbone == "kcvt" or spec.group_size % m == 0)
+    """Whether tokens begin with a byte, and groups with a word."""
+    if spec.head_dim * spec.bits % 8:
+        return False
+    return spec.backbone == "kcvt" or spec.group_size * spec.bits % 32 == 0
 
 
 def _words(d: Quantized, spec: Spec, start: int, stop: int, size: int) -> tuple[Array, int, int]:
@@ -103,17 +112,21 @@ def _product(x: Array, words: Array, step: Array, low: Array, size: int, bits: i
     (B, H, m), G = words.shape[:3], step.shape[-1]
     if G > 1 and (found := xp.quantized_matmul(x, words, step, low, size, bits)) is not None:
         return found
-    parts = [xp.astype(c[..., : G * size * bits // 8], x.dtype) for c in strands(words, bits)]
     width = size * bits // 8  # of a group in each strand
-    if G <= FEW:
-        products = []
-        for g in range(G):
-            folded = x * step[:, :, None, :, g]
-            own = slice(g * width, (g + 1) * width)
-            products.append(woven([folded @ c[..., own] for c in parts]))
-        found = products[0] if G == 1 else xp.concat(products, -1)
-    else:
-        wide = [c.reshape(B, H, m, G, width) * step[..., None] for c in parts]
-        found = woven([x @ c.reshape(B, H, m, G * width) for c in wide])
+    if G > FEW:  # groups are put behind one another, each a product of its own
+        n = size * bits // 32
+        words = words[..., : G * n].reshape(B, H, m, G, n).swapaxes(2, 3)
+        parts = strands(words, bits)
+        folded = x[:, :, None] * step.swapaxes(-1, -2)[:, :, :, None]  # [B, H, G, R, m]
+        found = woven([folded @ xp.astype(c, x.dtype) for c in parts])
+        found = found + (x @ low).swapaxes(-1, -2)[..., None]
+        return found.swapaxes(2, 3).reshape(*x.shape[:3], G * size)
+    parts = [xp.astype(c[..., : G * width], x.dtype) for c in strands(words, bits)]
+    products = []
+    for g in range(G):
+        folded = x * step[:, :, None, :, g]
+        own = slice(g * width, (g + 1) * width)
+        products.append(woven([folded @ c[..., own] for c in parts]))
+    found = products[0] if G == 1 else xp.concat(products, -1)
     lows = xp.broadcast_to((x @ low)[..., None], (*x.shape[:3], G, size))
     return found + lows.reshape(found.shape)

@@ -57,7 +57,11 @@ def strands(words: Array, bits: int) -> list[Array]:
     Shapes: each [..., 4 w], m = 8 / bits.
     """
     octets = ops_of(words).octets(words)  # shifting words would move four times as much
-    return [octets] if bits == 8 else [(octets >> j) & (2**bits - 1) for j in range(0, 8, bits)]
+    if bits == 8:
+        return [octets]
+    top = 2**bits - 1
+    between = [(octets >> j) & top for j in range(bits, 8 - bits, bits)]
+    return [octets & top, *between, octets >> (8 - bits)]
 
 
 def unpack(words: Array, bits: int, n: int) -> Array:
