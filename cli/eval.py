@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvc.cli.options import backend_option, dtype_option, model_option
+from kvc.cli.options import backend_option, check_target, dtype_option, model_option
 from kvc.cli.prompt import read_settings
 from kvc.cli.run import held_interrupts, load
 
@@ -70,6 +70,11 @@ if TYPE_CHECKING:
 @click.option(
     "--out", metavar="FILE.jsonl", help="Keep rows here as they are made; those there stay."
 )
+@click.option(
+    "--report",
+    metavar="FILE.html",
+    help="Write a page that shows the rows, with those of --out that were there.",
+)
 @backend_option
 @dtype_option
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON lines, not the table.")
@@ -85,6 +90,7 @@ def evaluate(
     length: int | None,
     seed: int,
     out: str | None,
+    report: str | None,
     backend: str,
     dtype: str | None,
     as_json: bool,
@@ -110,6 +116,8 @@ def evaluate(
     paths = [Path(text) for text in texts] or [path() / "text.txt"]
     for each in paths:
         read_text(each)
+    if report is not None:
+        check_target("--report", report, (".html",), force=True)
     with results_file(Path(out) if out else None) as results:
         engine = load(backend, model, dtype, quiet)
         sizes = sizes_for(engine.context_length, context, rows, length, seed)
@@ -123,6 +131,10 @@ def evaluate(
                 raise
             click.echo(f"kvc: interrupted; the same command goes on from {out}", err=True)
             click.get_current_context().exit(130)
+        if report is not None:
+            from kvc.measure.report_page import write_report
+
+            write_report([*results.rows.values()], Path(report))
     if as_json:
         for row in found:
             click.echo(json.dumps(row))

@@ -246,6 +246,7 @@ def test_sizes_are_as_the_model_has_room() -> None:
      (["--method", "gear group_size=48 buffer=48"], "group_size must divide the model's head_dim"),
      (["--method", "minicache start=9"], "minicache: start must be below the model's 8 layers"),
      (["--out", "/nowhere/rows.jsonl"], "--out /nowhere/rows.jsonl: cannot write there"),
+     (["--report", "page.txt"], "--report page.txt: expected a name that ends in .html"),
      (["--out", "TEXT"], "expected rows of kvc eval or a new file")],
     ids=str,
 )  # fmt: skip
@@ -256,6 +257,18 @@ def test_errors_are_one_line_before_any_work(
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("it began to work"))
     line = error_line(run_eval(*(text if arg == "TEXT" else arg for arg in args)))
     assert says in line
+
+
+def test_a_report_shows_all_rows_of_the_file(tmp_path: Path) -> None:
+    out, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
+    asked = ("--tasks", "bytes", "--out", str(out), "--report", str(page))
+    for method in ("h2o", "streaming"):  # the second page replaces the first
+        got = run_eval("--method", method, *asked)
+        assert got.exit_code == 0, got.output
+    text = page.read_text(encoding="utf-8")
+    assert text.lstrip().lower().startswith("<!doctype html>")
+    for name in ("none", "h2o", "streaming"):
+        assert name in text
 
 
 def test_presets_that_the_model_does_not_take_are_named(
