@@ -14,13 +14,10 @@ import pytest
 
 from kvc.errors import ArtifactError, ConfigError
 from kvc.measure.report_page import write_report
-from kvc.measure.report_page.labels import Box, along, around
-from kvc.measure.report_page.markup import number, percent, size, width
+from kvc.measure.report_page.markup import percent
 from kvc.measure.report_page.page import page
-from kvc.measure.report_page.quality import Point, mark_front, planes
+from kvc.measure.report_page.quality import planes
 from kvc.measure.report_page.rows import runs_of
-from kvc.measure.report_page.style import DARK, LIGHT
-from kvc.measure.report_page.svg import Frame, Scale, outliers, scale_of
 from kvc.measure.report_page.tables import TASKS
 from tests.report_rows import METHODS, row, rows_of
 
@@ -56,6 +53,7 @@ HOSTILE = [
     "a&amp;b ' \" `",
     "\u202ereversed\u0000\x1b[31m",
     "{{7*7}} ]]> -->",
+    "</script x <!-- <script",
     "w" * 300,
 ]
 VOID = {"meta", "link"}
@@ -144,22 +142,6 @@ def test_figures_behind_a_chart_are_the_rows(task: str) -> None:
     assert {repr(v) for pair in expected.values() for v in pair} <= shown
 
 
-def test_marks_stand_where_the_scales_put_them() -> None:
-    rows = rows_of({"bytes", "kl"})
-    svg, *_ = re.findall(r'<svg [^>]*class="wide">.*?</svg>', page(rows), re.S)
-    places = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="5"[^>]*><title>(\w+)', svg)
-    (plane,) = planes(runs_of(rows)[0])
-    points = {p.label: p for p in plane.points}
-    frame = Frame(540, 380, left=50)
-    shares = [p.share for p in plane.points]
-    x = Scale(min(shares) / 1.15, max(shares) * 1.15, *frame.x, log=True)
-    y = scale_of([p.value for p in plane.points], *frame.y, log=6)
-    assert {label for *_, label in places} == {"none", "kivi", "gear", "gear2"}
-    for at, up, label in places:
-        assert float(at) == pytest.approx(x(points[label].share), abs=0.051)
-        assert float(up) == pytest.approx(y(points[label].value), abs=0.051)
-
-
 def test_headline_names_the_smallest_cache_that_keeps_the_quality() -> None:
     ((_, title),) = Reader(page(rows_of())).all("h1")
     assert title.startswith("gear2 keeps perplexity within")
@@ -168,22 +150,6 @@ def test_headline_names_the_smallest_cache_that_keeps_the_quality() -> None:
     ((_, title),) = Reader(page(rows)).all("h1")
     assert title.startswith("No method kept perplexity within")
     assert "gear came nearest" in title
-
-
-def test_front_is_what_nothing_dominates() -> None:
-    given = [("a", 1.0, 5.0), ("b", 2.0, 5.0), ("c", 2.0, 4.0), ("d", 3.0, 6.0), ("e", 2.0, 4.0)]
-    points = [Point(label, share, None, value) for label, share, value in given]
-    assert {p.label for p in mark_front(points, more=False) if p.front} == {"a", "c", "e"}
-    assert {p.label for p in mark_front(points, more=True) if p.front} == {"a", "d"}
-    for more in (False, True):
-        for p in mark_front(points, more):
-            beaten = any(
-                q.share <= p.share
-                and (q.value >= p.value if more else q.value <= p.value)
-                and (q.share, q.value) != (p.share, p.value)
-                for q in points
-            )
-            assert p.front != beaten
 
 
 def test_full_cache_alone_makes_a_page() -> None:
@@ -246,6 +212,7 @@ def test_names_are_text_and_never_markup(name: str) -> None:
     assert not any(key.startswith("on") for _, attrs, _ in reader.found for key in attrs)
     assert not re.search("[\x00-\x08\x1b\u202e]", text)
     ((_, kept),) = [s for s in reader.all("script") if s[0].get("id") == "rows"]
+    assert "<" not in kept  # which browsers could take for the script's end
     assert [json.loads(line) for line in kept.splitlines()] == rows
 
 
@@ -332,99 +299,3 @@ def test_missing_rows_and_keys_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot write"):
         write_report(rows_of({"bytes"}), tmp_path / "no" / "report.html")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_numbers_in_words() -> None:
-    shown = {
-        36.0401: "36.04", 0.00321: "0.003210", 128: "128", 4096.0: "4\u202f096",
-        -0.25: "\u22120.2500", 1.25e-7: "1.25e\u22127", 123456.7: "123\u202f457",
-    }  # fmt: skip
-    assert {x: number(x) for x in shown} == shown
-    assert [number(x) for x in (math.nan, math.inf, None, "x")] == ["\u2013"] * 4
-    assert [percent(x) for x in (0, 1, 0.234375, 0.99999, 0.00001)] == [
-        "0\u202f%", "100\u202f%", "23.4\u202f%", "99.999\u202f%", "0.001\u202f%",
-    ]  # fmt: skip
-    assert [size(x) for x in (0, 434, 2048, 1536, 43 * 2**20)] == [
-        "0\u202fB", "434\u202fB", "2\u202fKiB", "1.50\u202fKiB", "43\u202fMiB",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "log"),
-    [(35.2, 37.1, False), (0.0, 1.0, False), (1e-4, 0.3, True), (0.9, 950.0, True), (-3, 8, False)],
-)
-def test_ticks_are_round_and_within(low: float, high: float, log: bool) -> None:
-    scale = Scale(low, high, 300, 20, log)
-    ticks = scale.ticks(6)
-    assert 3 <= len(ticks) <= 9
-    assert all(low <= t <= high for t in ticks)
-    assert all(20 - 1e-9 <= scale(t) <= 300 + 1e-9 for t in ticks)
-    assert all(len(f"{t:g}".strip("-0.").replace(".", "").rstrip("0")) <= 4 for t in ticks)
-
-
-def test_zero_has_a_place_below_a_logarithmic_axis() -> None:
-    scale = scale_of([0.0, 1e-4, 0.3], 300, 20, log=12)
-    assert scale.log
-    assert scale(0.0) == 300
-    assert scale(1e-4) < 300 - 15
-    assert scale.ticks()[0] == 0
-
-
-def test_outliers_are_few_and_far() -> None:
-    assert outliers([35.3, 35.4, 36.0, 36.9, 49.0, 50.0]) == [4, 5]
-    assert outliers([1.0, 2.0, 3.0, 4.0]) == []
-    assert outliers([1.0, 1.1, 50.0, 50.1]) == []
-    assert outliers([]) == []
-
-
-def test_labels_meet_nothing() -> None:
-    frame = Frame(540, 380, left=50)
-    points = [(80 + 75 * (i % 6) + i, 60 + 37 * (i % 5), f"method {i}") for i in range(30)]
-    placed = around(points, range(30), frame)
-    assert len(placed) == 30
-    boxes = [label.box for label in placed]
-    for i, box in enumerate(boxes):
-        assert box.left >= frame.left - 2
-        assert box.right <= frame.width - 2
-        assert not any(box.meets(other) for other in boxes[i + 1 :])
-        for j, (x, y, _) in enumerate(points):
-            assert j == placed[i].index or not box.meets(Box(x - 4, y - 4, x + 4, y + 4))
-
-
-def test_labels_along_an_edge_keep_order_and_distance() -> None:
-    places = along([100, 101, 102, 40, 300], 20, 310)
-    assert places[3] == 40
-    assert places[4] == 300
-    assert places[:3] == pytest.approx([88, 101, 114])
-    many = along([50.0] * 40, 20, 310)
-    assert sorted(many) == many
-    assert many[0] >= 20 - 1e-9
-    assert many[-1] <= 310 + 1e-9
-    assert along([], 0, 1) == []
-
-
-def luminance(color: str) -> float:
-    """Relative luminance of a colour (WCAG 2)."""
-    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(a: str, b: str) -> float:
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
-def test_colours_can_be_read(theme: dict[str, str]) -> None:
-    assert theme.keys() == LIGHT.keys()
-    for name in ("ink", "dim", *(f"c{i}" for i in range(8))):
-        assert contrast(theme[name], theme["paper"]) >= 4.5, name
-    for i in range(10):
-        assert contrast(theme["ink"], theme[f"p{i}"]) >= 4.5, f"p{i}"
-    assert contrast(theme["deep"], theme["heat"]) >= 4.5
-
-
-def test_width_is_rather_too_large() -> None:
-    assert width("minicache+gear") >= 0.6 * 12 * len("minicache+gear")  # DejaVu Sans, a wide one
-    assert width("\u6a21\u578b") == 24
