@@ -100,7 +100,7 @@ def test_one_drawing_of_each_chart_is_shown(
         }
         every = page.evaluate("document.querySelectorAll('svg.wide').length")
         assert sorted(shown.values()) == [0, every]
-        assert shown["wide" if size[0] > 640 else "narrow"] == every
+        assert shown["wide" if size[0] > 760 else "narrow"] == every
 
 
 @pytest.mark.parametrize("size", SIZES, ids=["desk", "phone"])

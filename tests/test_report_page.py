@@ -167,7 +167,6 @@ def test_one_method_without_the_full_cache_makes_a_page() -> None:
 
 
 def many(n: int) -> list[dict[str, Any]]:
-    """Rows of n methods."""
     rows = rows_of({"bytes", "ppl", "kl", "recall", "layers"})
     some = [r for r in rows if r["label"] in ("none", "gear")]
     for i in range(n - 2):

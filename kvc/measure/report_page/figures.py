@@ -11,6 +11,8 @@ from kvc.measure.report_page.svg import marker
 
 WIDE, NARROW = 540.0, 343.0  # px of a chart on a desk and on a phone
 HIGH = 380.0
+# what is wider than a phone scrolls by itself, by keys too
+SCROLL = {"class_": "scroll", "role": "region", "tabindex": "0"}
 
 
 def both(draw: Callable[[str, float, float], str], high: float = HIGH) -> str:
@@ -27,7 +29,9 @@ def figure(title: str, note: str, chart: str, table: str = "", kind: str = "char
 
 def folded(name: str, inside: str) -> str:
     """Something that opens on a click."""
-    return tag("details", tag("summary", words(name)), tag("div", inside, class_="scroll"))
+    return tag(
+        "details", tag("summary", words(name)), tag("div", inside, **SCROLL, aria_label=name)
+    )
 
 
 def cell(value: Any, form: Callable[[Any], str] = number, name: str = "td") -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvc.files import write_whole
 from kvc.measure.report_page import sections, tables
-from kvc.measure.report_page.figures import glyph, section
+from kvc.measure.report_page.figures import SCROLL, glyph, section
 from kvc.measure.report_page.markup import listed, percent, short, tag, words
 from kvc.measure.report_page.quality import Plane, headline, planes
 from kvc.measure.report_page.rows import FULL, Run, as_json, runs_of
@@ -79,7 +79,7 @@ def _bar(runs: Sequence[Run]) -> str:
         )
         for look in looks.values()
     ]  # fmt: skip
-    theme = tag("button", "Dark", type="button", id="theme", aria_pressed="false")
+    theme = tag("button", "Dark", type="button", id="theme")
     names = tag("div", *chips, class_="chips", role="group", aria_label="Pick methods")
     return tag("nav", names, theme, class_="bar", aria_label="Methods and theme")
 
@@ -113,7 +113,7 @@ def _summary(run: Run, found: Sequence[Plane]) -> list[str]:
     heads = ("To keep", "the smallest cache that does", "of the bytes", "its figure", "full cache")
     head = tag("thead", tag("tr", *(tag("th", words(name), scope="col") for name in heads)))
     table = tag("table", head, tag("tbody", *rows), class_="summary")
-    return [tag("div", table, class_="scroll")]
+    return [tag("div", table, **SCROLL, aria_label="The smallest caches")]
 
 
 def _contents(parts: str) -> str:

@@ -34,7 +34,7 @@ from kvc.measure.report_page.markup import (
 from kvc.measure.report_page.quality import Plane, on_front
 from kvc.measure.report_page.rows import FULL, Look, Results, Run, Setting, full_of
 
-SMALL_MAP = 164.0  # px
+SMALL_MAP, BARS = 164.0, 900.0  # px
 
 
 def _where(run: Run, task: str, setting: Setting) -> str:
@@ -198,7 +198,7 @@ def parts(run: Run, at: str) -> str:
                 f"Bytes by part{_where(run, 'bytes', setting)}",
                 _dense(run, shown, hidden=len(small) < len(looks)),
                 bars.legend(names)
-                + bars.stacked(small, shown, names, "wide", 1112)
+                + bars.stacked(small, shown, names, "wide", BARS)
                 + bars.stacked(small, shown, names, "narrow", NARROW),
                 table("Bytes by part", ["method", *every, "all"], rows),
                 "chart full-width",

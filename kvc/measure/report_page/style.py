@@ -25,7 +25,7 @@ _FILLS = range(10)
 
 _PAGE = """
 *{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%;scroll-padding-top:88px}
+html{-webkit-text-size-adjust:100%;scroll-padding-top:120px}
 body{margin:0;background:var(--paper);color:var(--ink);
  font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main,footer{max-width:1144px;margin:0 auto;padding:0 16px}
@@ -53,6 +53,7 @@ section>h3{margin:22px 0 8px}
 .map{min-width:0;max-width:200px}
 .map figcaption{font-size:13px;font-weight:600;overflow-wrap:anywhere;line-height:1.25}
 figcaption svg,th svg,td svg,.key svg,.chip svg{vertical-align:-3px;margin-right:5px;flex:none}
+.scroll:focus-visible{outline:2px solid var(--c0)}
 .scroll{overflow-x:auto;max-width:100%;
  background:linear-gradient(90deg,var(--paper) 30%,transparent) 0 0/40px 100% local,
   linear-gradient(270deg,var(--paper) 30%,transparent) 100% 0/40px 100% local,
@@ -66,6 +67,7 @@ table{border-collapse:collapse;font-size:14px;line-height:1.35}
 caption{text-align:left;color:var(--dim);padding:0 0 6px;font-size:13px}
 th,td{padding:5px 12px 5px 0;text-align:left;vertical-align:baseline;font-weight:400;
  border-bottom:1px solid var(--rule);white-space:nowrap}
+thead td{border:0}
 thead th{color:var(--dim);font-size:13px;border-bottom-color:var(--axis)}
 .n{text-align:right;font-variant-numeric:tabular-nums}
 td.n+td:not(.n){padding-left:6px}
@@ -101,6 +103,7 @@ svg{display:block;overflow:visible;font:12px/1 system-ui,-apple-system,"Segoe UI
 th svg,td svg,.key svg,.chip svg,figcaption svg{display:inline-block}
 svg text{fill:var(--ink)}
 .wide,.narrow,.any{width:100%;height:auto}
+.wide{max-width:600px}.full-width .wide{max-width:1000px}
 .any{max-width:343px}.map .any{max-width:200px}
 .narrow{display:none;max-width:440px}
 svg .tick,svg .title,svg .better,svg .part{font-size:11px}
@@ -165,7 +168,8 @@ _PHONE = """
 header{padding-top:26px}section{margin-top:44px}.wide{display:none}.narrow{display:block}
 .summary tr>:last-child{display:none}.summary{font-size:13px}
 .summary th,.summary td{white-space:normal;padding-right:8px}
-.summary .n{white-space:nowrap}.summary thead th{vertical-align:bottom}
+.summary .n{white-space:nowrap}.summary thead td{border:0}
+thead th{vertical-align:bottom}
 .summary td:nth-child(2){white-space:nowrap;overflow:hidden;text-overflow:ellipsis;max-width:28vw}
 """
 _PRINT = """
@@ -189,7 +193,7 @@ def style() -> str:
         f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}"
         f"@media screen{{:root[data-theme=dark]{{{dark}}}}}"
     )
-    phone = f"@media screen and (max-width:640px){{{_PHONE}}}"
+    phone = f"@media screen and (max-width:760px){{{_PHONE}}}"
     rules = (themes, _PAGE, _TABLES, _CHARTS, colors, fills, _CONTROLS, phone)
     return "".join(rules) + f"@media print{{{_PRINT}}}"
 

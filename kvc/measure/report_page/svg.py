@@ -193,7 +193,7 @@ def axes(
     for value in y.ticks(max(int((bottom - top) / 45), 3)):
         at, about = y(value), "\u2248 " if y.nearly and value == 0 else ""
         marks += [
-            line(left, at, right, at, "grid"),
+            line(left, at, right, at, "axis" if value == 0 and not y.log else "grid"),
             text(left - 6, at + 4, f"{about}{y_form(value)}", "tick", "end"),
         ]
     marks.append(line(left, bottom, right, bottom, "axis"))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvc.measure.report_page.figures import cell, glyph
+from kvc.measure.report_page.figures import SCROLL, cell, glyph
 from kvc.measure.report_page.markup import number, percent, size, tag, words
 from kvc.measure.report_page.rows import Results, Run
 
@@ -98,7 +98,10 @@ def all_figures(run: Run) -> str:
     rows = [_row(run, label, groups) for label in run.looks]
     caption = tag("caption", "A click on a column sorts by it.")
     return tag(
-        "div", tag("table", caption, head, tag("tbody", *rows), class_="all"), class_="scroll"
+        "div",
+        tag("table", caption, head, tag("tbody", *rows), class_="all"),
+        **SCROLL,
+        aria_label="All figures",
     )
 
 
