@@ -69,6 +69,11 @@ def number(x: Any, digits: int = 4) -> str:
     return text.replace("-", MINUS)
 
 
+def three(x: Any) -> str:
+    """A number to three digits."""
+    return number(x, 3)
+
+
 def _grouped(text: str) -> str:
     """With thin spaces between thousands."""
     whole, dot, rest = text.partition(".")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvc.files import write_whole
-from kvc.measure.report_page import sections, tables
+from kvc.measure.report_page import kept, sections, tables
 from kvc.measure.report_page.figures import SCROLL, glyph, section
 from kvc.measure.report_page.markup import listed, percent, short, tag, words
 from kvc.measure.report_page.quality import Plane, headline, planes
@@ -132,11 +132,11 @@ def _run(run: Run, found: Sequence[Plane], at: str) -> str:
             sections.memory(run, found, at),
             sections.positions(run, found, at),
             sections.drift(run, found, at),
-            sections.recall(run, at),
-            sections.parts(run, at),
+            kept.recall(run, at),
+            kept.parts(run, at),
             sections.layers(run, found, at),
-            sections.maps(run, at),
-            sections.costs(run, at),
+            kept.maps(run, at),
+            kept.costs(run, at),
             section(f"{at}figures", "All figures", "", tables.all_figures(run)),
             section(f"{at}run", "What was run", "", tables.what_was_run(run)),
         )

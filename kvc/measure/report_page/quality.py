@@ -14,6 +14,7 @@ from kvc.measure.report_page.markup import (
     number,
     percent,
     signed,
+    three,
     tick,
     tick_percent,
 )
@@ -58,7 +59,7 @@ QUALITIES = (
     ),
     Quality(
         "kl", "mean", "Divergence", "KL from the full cache, nats per token", False,
-        lambda x: number(x, 3), "the divergence below 0.01 nats", 0.01,
+        three, "the divergence below 0.01 nats", 0.01,
     ),
     Quality(
         "agree", "top1", "Agreement", "share of tokens chosen as with the full cache", True,

@@ -90,6 +90,15 @@ class Run:
         """What a task gave, for each of its settings."""
         yield from self.results.get(task, {}).items()
 
+    def where(self, task: str, setting: Setting) -> str:
+        """The setting in words, where a task has several."""
+        return f" ({setting.said})" if len(self.results[task]) > 1 else ""
+
+    def shown(self, results: Results, key: str) -> tuple[list[Look], list[Any]]:
+        """The methods that have a result, in the order of the page, and those results."""
+        looks = [look for look in self.looks.values() if results.get(look.label, {}).get(key)]
+        return looks, [results[look.label][key] for look in looks]
+
     def bytes_at(self, setting: Setting) -> Results:
         """Measured bytes that go with a setting: of its context, whatever the text."""
         found: Results = {}

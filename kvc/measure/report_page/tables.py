@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvc.measure.report_page.figures import SCROLL, cell, glyph
-from kvc.measure.report_page.markup import number, percent, size, tag, words
+from kvc.measure.report_page.markup import number, percent, size, tag, three, words
 from kvc.measure.report_page.rows import Results, Run
 
 
@@ -20,56 +20,52 @@ class Column:
     form: Callable[[Any], str] = number
 
 
-def _three(x: Any) -> str:
-    return number(x, 3)
-
-
 TASKS: dict[str, tuple[str, tuple[Column, ...]]] = {
     "bytes": (
         "Bytes of the cache",
         (
             Column("nbytes", "all", size),
             Column("bytes_per_token", "per token", size),
-            Column("ratio", "dense / own", _three),
+            Column("ratio", "dense / own", three),
         ),
     ),
     "ppl": (
         "Perplexity",
-        (Column("ppl", "perplexity"), Column("nll", "nats"), Column("error", "s.e., nats", _three)),
+        (Column("ppl", "perplexity"), Column("nll", "nats"), Column("error", "s.e., nats", three)),
     ),
     "kl": (
         "Divergence, nats",
         (
-            Column("mean", "mean", _three),
-            Column("median", "median", _three),
-            Column("p99", "99 %", _three),
-            Column("max", "max", _three),
+            Column("mean", "mean", three),
+            Column("median", "median", three),
+            Column("p99", "99 %", three),
+            Column("max", "max", three),
         ),
     ),
     "agree": (
         "Agreement",
-        (Column("top1", "same token", percent), Column("same", "tokens till apart", _three)),
+        (Column("top1", "same token", percent), Column("same", "tokens till apart", three)),
     ),
     "recall": ("Recall", (Column("exact", "facts", percent), Column("digits", "digits", percent))),
     "answers": (
         "Free answers",
         (
-            Column("length", "tokens", _three),
-            Column("ratio", "of the full", _three),
+            Column("length", "tokens", three),
+            Column("ratio", "of the full", three),
             Column("ended", "ended", percent),
         ),
     ),
     "drift": (
         "Drift, nats by 1000 tokens",
-        (Column("slope", "slope", _three), Column("slope_error", "s.e.", _three)),
+        (Column("slope", "slope", three), Column("slope_error", "s.e.", three)),
     ),
     "time": (
         "Time",
         (
-            Column("prefill_tokens_per_s", "prompt, tokens/s", _three),
-            Column("decode_tokens_per_s", "decode, tokens/s", _three),
-            Column("step_ms_median", "step, ms", _three),
-            Column("step_ms_p99", "99 %, ms", _three),
+            Column("prefill_tokens_per_s", "prompt, tokens/s", three),
+            Column("decode_tokens_per_s", "decode, tokens/s", three),
+            Column("step_ms_median", "step, ms", three),
+            Column("step_ms_p99", "99 %, ms", three),
         ),
     ),
     "memory": (
