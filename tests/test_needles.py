@@ -77,7 +77,7 @@ def test_contexts_of_three_lengths_and_all_kinds(engine: Any, text: Any) -> None
 
 def test_a_full_cache_recalls_and_a_small_one_forgets(engine: Any, text: Any) -> None:
     found = grids(engine, [text], 4, LENGTH)
-    asked = {kind: 4 * facts for kind, facts in KINDS}
+    asked = {(kind, facts): 4 * facts for kind, facts in KINDS}
     share = {}
     for name, settings in (("none", {}), ("streaming", {"heavy": 2, "recent": 40})):
         seen: list[tuple[int, int]] = []
@@ -87,8 +87,8 @@ def test_a_full_cache_recalls_and_a_small_one_forgets(engine: Any, text: Any) ->
             kvc.parse(name, settings),
             on_step=lambda *now: seen.append(now),  # noqa: B023
         )
-        for kind, n in asked.items():
-            assert sum(cell.asked for cell in cells if cell.kind == kind) == n
+        for which, n in asked.items():
+            assert sum(cell.asked for cell in cells if (cell.kind, cell.facts) == which) == n
         for cell in cells:
             assert 0 <= cell.exact <= cell.asked
             assert cell.exact / cell.asked <= cell.digits <= 1

@@ -18,7 +18,8 @@ from kvc.measure.facts import Planted, plant
 from kvc.measure.recall import ask
 from kvc.methods import Method
 
-KINDS = (("single", 1), ("multi-key", 8), ("multi-value", 4))  # and facts in a context
+# And facts in a context.
+KINDS = (("single", 1), ("multi-key", 2), ("multi-key", 8), ("multi-value", 4))
 DEPTHS = 4  # equal parts of the context
 SHORTEST = 512  # tokens of a context that is not the longest
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,9 +115,10 @@ def answers(
             max_tokens=limit, temp=0.0, top_p=1.0, seed=None, prefill_step=CHUNK, on_prefill=None,
         )  # fmt: skip
         tokens = 0
-        for _ in pieces:
-            tokens += 1
-            if on_step is not None:
-                on_step(row * (P + limit) + P + tokens, n * (P + limit))
+        with closing(cast("Generator[Any, None, None]", pieces)):  # where `on_step` raises
+            for _ in pieces:
+                tokens += 1
+                if on_step is not None:
+                    on_step(row * (P + limit) + P + tokens, n * (P + limit))
         lengths.append(tokens)
     return Lengths(np.asarray(lengths), limit)
