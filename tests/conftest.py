@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 BACKENDS = ("numpy", "mlx", "torch")
-KNOWN = (*BACKENDS, "clang", "metal")  # clang++ for the simulator, and the GPU of a Mac
+KNOWN = (*BACKENDS, "clang", "metal", "chromium")  # clang++ for the simulator, a GPU of a Mac
 REQUIRED = {name.strip() for name in os.environ.get("KVC_REQUIRE", "").split(",")} - {""}
 
 if unknown := REQUIRED - set(KNOWN):

@@ -14,10 +14,11 @@ from typing import Any
 import mlx.core as mx
 
 from kvc.methods import parse
-from kvc.ops.attention import Partial, attend_coded, attend_dense, attention_mass, join
+from kvc.ops.attention import Partial, attend_coded, attend_dense, join
 from kvc.ops.codec import arrays, encode
 from kvc.ops.dispatch import mode
 from kvc.ops.evict import Kernels, attend_state, fold_evicted
+from kvc.ops.mass import attention_mass
 from kvc.ops.merge import merge_pair
 from kvc.ops.quant import quantize
 from kvc.store.coded import Coded

@@ -12,8 +12,8 @@ import pytest
 from kvc.backends.base import FULL, ModelShape
 from kvc.errors import ConfigError, KVCError
 from kvc.methods import KVSharer, Less, Method, parse
-from kvc.ops.attention import attention_mass
 from kvc.ops.evict import Kernels
+from kvc.ops.mass import attention_mass
 from kvc.store import watch
 from kvc.store.evicting import Evicting
 from kvc.store.store import KVStore

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvc.ops.attention import attend_dense, attention_mass
+from kvc.ops.attention import attend_dense
 from kvc.ops.dispatch import mode, why_no_kernel
+from kvc.ops.mass import attention_mass
 from tests import metalsim
 from tests.cases import array, assert_close, exact, view
 from tests.cases.attention_mass import CASES, Case, args

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvc.ops.attention import attend_dense, attention_mass
+from kvc.ops.attention import attend_dense
+from kvc.ops.mass import attention_mass
 from tests.cases import assert_close, exact, view
 from tests.cases.attention_mass import CASES, Case, args
 from tests.tolerances import STORED

@@ -14,8 +14,9 @@ from kvc.backends.base import Array, ops_of
 from kvc.errors import ConfigError
 from kvc.methods.gear import Gear
 from kvc.methods.less import Less
-from kvc.ops.attention import Partial, attend_coded, attend_dense, log_probs
+from kvc.ops.attention import Partial, attend_coded, attend_dense
 from kvc.ops.evict import Kernels, admit, attend_state, fold_evicted
+from kvc.ops.mass import log_probs
 from kvc.store.kept import Kept, pick
 from kvc.store.unit import Part, Query, check_finite
 from kvc.store.watch import RECALL, Watch, mass

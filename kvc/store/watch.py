@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvc.backends.base import Array, ops_of
-from kvc.ops.attention import attention_mass
+from kvc.ops.mass import attention_mass
 from kvc.store.unit import Part, Query
 
 RECALL = 64  # newest queries of a step whose mass is added late, so that they can be forgotten

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from kvc.backends.base import Array, ops_of
 from kvc.methods.less import Less
-from kvc.ops.attention import attention_mass, scores_of
+from kvc.ops.attention import scores_of
+from kvc.ops.mass import attention_mass
 from kvc.store.unit import Query
 
 STEPS = 64  # whose answers go to the host together
