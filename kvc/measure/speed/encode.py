@@ -96,9 +96,7 @@ class Rival(Arm):
         super().__init__(bench, batch, n)
         self.name = name
         self.layers: list[Layer] = []
-        first = bench.library.make_layer(bench.engine, name)
-        if hasattr(first, "layer") and hasattr(first.layer, "residual_length"):
-            self.block = int(first.layer.residual_length)
+        self.block = max(LEAST, bench.library.make_layer(bench.engine, name).gathers)
         self._run(LEAST)
 
     def _run(self, block: int) -> tuple[float, list[float]]:

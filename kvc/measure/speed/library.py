@@ -16,7 +16,13 @@ STEP = 512  # tokens of a prompt in one piece, about, as in `kvc generate`
 
 
 class Layer(Protocol):
-    """One layer of a cache of the library's own."""
+    """One layer of a cache of the library's own.
+
+    Attributes:
+        gathers: Tokens that come before it quantizes what is new.
+    """
+
+    gathers: int
 
     def append(self, k: Array, v: Array) -> None:
         """Takes tokens [B, H, L, D], as in a model's pass."""

@@ -41,6 +41,8 @@ def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 class Layer:
     """A layer of a cache of mlx-lm."""
 
+    gathers = 1
+
     def __init__(self, entry: Any) -> None:
         self.entry = entry
 

@@ -63,7 +63,7 @@ class Layer:
     """A layer of a cache of transformers."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer = layer
+        self.layer, self.gathers = layer, int(getattr(layer, "residual_length", 1))
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.layer.update(k, v)
