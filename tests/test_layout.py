@@ -110,7 +110,7 @@ def test_wheel_has_every_module_and_data_file(tmp_path: Path) -> None:
     data = [
         *(
             path
-            for pattern in ("*.json", "*.safetensors", "*.md")
+            for pattern in ("*.json", "*.safetensors", "*.md", "*.txt")
             for path in (ROOT / "kvc" / "demo").glob(pattern)
         ),
         *(ROOT / "metal_kernels").glob("*.metal"),
