@@ -14,11 +14,19 @@ import torch
 import triton
 import triton.language as tl
 
-from kvc.cuda_kernels.launch import Variant, off_device, off_types, product_type, span
+from kvc.cuda_kernels.launch import (
+    TYPES,
+    Traffic,
+    Variant,
+    off_device,
+    off_types,
+    product_type,
+    span,
+)
 from kvc.cuda_kernels.softmax import LN2, LOG2E, scores_of, take
 
-KEYS = 64  # of a tile
-WARPS = 8
+KEYS = 64  # of a tile,
+MANY = 128  # and of one with few queries, which are read again for each
 DEPTH = 32  # channels of float32 that are taken at a time
 WIDEST = 128  # and of other types
 SHARE = 256  # keys of a program at least, where there are several for the same queries
@@ -193,23 +201,63 @@ def run(
         size = span(T, flags["KEYS"], B * H * tiles, SHARE)
         splits = triton.cdiv(T, size)
         lse = q.new_empty((splits, B, Hq, L), dtype=torch.float32)
-        sums[(tiles, splits, B * H)](q, k, valid, lse, *where, size, **flags, num_warps=WARPS)
+        sums[(tiles, splits, B * H)](
+            q, k, valid, lse, *where, size, **flags, num_warps=warps(flags)
+        )
     else:
         splits, sinks, lse = 1, None, lse.float().contiguous()  # the sinks are in it
     shares[(triton.cdiv(T, flags["KEYS"]), B * H)](
-        q, k, valid, lse, sinks, mass, *where, splits, **flags, num_warps=WARPS
+        q, k, valid, lse, sinks, mass, *where, splits, **flags, num_warps=warps(flags)
     )
     return mass
 
 
 def constants(H: int, G: int, L: int, D: int, product: tl.dtype, softcap: bool) -> dict[str, Any]:
     """What both kernels are compiled for."""
-    width = triton.next_power_of_2(D)
+    width, few = triton.next_power_of_2(D), G * L <= 16
     return {
-        "H": H, "G": G, "D": D, "WIDTH": width, "ROWS": 16 if G * L <= 16 else 64, "KEYS": KEYS,
+        "H": H, "G": G, "D": D, "WIDTH": width, "ROWS": 16 if few else 64,
+        "KEYS": MANY if few and product != tl.float32 else KEYS,
         "DEPTH": min(width, DEPTH if product == tl.float32 else WIDEST), "TYPE": product,
         "SOFTCAP": softcap,
     }  # fmt: skip
+
+
+def warps(flags: dict[str, Any]) -> int:
+    """Warps of a program."""
+    return 4 if flags["KEYS"] == MANY and flags["WIDTH"] <= 128 else 8
+
+
+def traffic(
+    B: int, Hq: int, H: int, L: int, D: int, T: int, itemsize: int, *, known: bool = True
+) -> Traffic:
+    """Bytes of a call without a mask and sinks; K and q have numbers of `itemsize` bytes.
+
+    With an lse that is `known` each tile of keys is read for each tile of queries that sees it,
+    without one twice.
+    """
+    G = Hq // H
+    flags = constants(H, G, L, D, TYPES[torch.float32 if itemsize == 4 else torch.float16], False)
+    rows, keys = flags["ROWS"], flags["KEYS"]
+    number, tiles = D * itemsize, triton.cdiv(L * G, rows)
+    size = span(T, keys, B * H * tiles, SHARE)
+    splits = 1 if known else triton.cdiv(T, size)
+    touched = 0
+    for first in range(0, T, keys):  # of a program of `shares`
+        oldest = max(0, first - (T - L)) * G // rows * rows
+        seen = triton.cdiv(L * G - oldest, rows)
+        some = min(keys, T - first)
+        touched += (L * G - oldest) * (number + 4 * splits) + seen * some * number + 4 * some
+    for start in () if known else range(0, L * G, rows):  # of programs of `sums`
+        own, newest = min(rows, L * G - start), min(L, (start + rows - 1) // G + 1)
+        for first in range(0, T, size):
+            last = min(first + size, T - L + newest)
+            read = min(max(0, triton.cdiv(last - first, keys)) * keys, T - first)
+            whole = flags["DEPTH"] == flags["WIDTH"]
+            times = 1 if whole else max(0, triton.cdiv(last - first, keys))
+            touched += own * (number * times + 4) + read * number
+    lse = 4 * L * G if known else 0
+    return Traffic(B * H * touched, B * H * (T * (number + 4) + L * G * number + lse))
 
 
 def variants() -> Iterator[Variant]:
@@ -234,6 +282,8 @@ def variants() -> Iterator[Variant]:
                     "T": "i32",
                 }
                 name = f"{D}-{'one' if L == 1 else 'many'}-{queries}-{keys}"
-                yield Variant(f"sums-{name}", sums, {**common, "size": "i32"}, flags, WARPS, 3)
+                some = {**common, "size": "i32"}
+                yield Variant(f"sums-{name}", sums, some, flags, warps(flags), 3)
                 more = {"sinks": f"*{queries}:16", "mass": "*fp32:16", "splits": "i32"}
-                yield Variant(f"shares-{name}", shares, {**common, **more}, flags, WARPS, 3)
+                some = {**common, **more}
+                yield Variant(f"shares-{name}", shares, some, flags, warps(flags), 3)

@@ -21,7 +21,7 @@ from kvc.ops.residual import LowRank, start
 
 SHORT = 256  # tokens of a block that one program takes
 TILE = 8192  # entries that a program takes at a time
-HELD = 32  # tokens of these, where it holds the fit besides
+HELD = 32  # tokens of these, of a block that it does not hold whole
 WARPS = 8
 TALL = 1024  # rows of A that are taken at a time
 
@@ -45,12 +45,9 @@ def fit(
     flags = sizes(D, r)
     y, tokens = e.new_empty((B * H, n, r)), TILE // flags["WIDTH"]
     if n <= SHORT:
-        rows = triton.next_power_of_2(n)
-        tokens = min(rows, HELD, tokens // 2)
         iterate[(B * H,)](
-            e, c0, y, a, c, n, n_iter, H=H, ROWS=rows, TOKENS=tokens, **flags,
-            num_warps=warps(D),
-        )  # fmt: skip
+            e, c0, y, a, c, n, n_iter, H=H, **tiling(n, D), **flags, num_warps=warps(D)
+        )
         return LowRank(a, c)
     size = span(n, tokens, B * H, 4 * tokens)
     splits = triton.cdiv(n, size)
@@ -81,6 +78,12 @@ def sizes(D: int, r: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+def tiling(n: int, D: int) -> dict[str, int]:
+    """A tile of `iterate` for blocks of n tokens."""
+    rows, most = triton.next_power_of_2(n), TILE // triton.next_power_of_2(D)
+    return {"ROWS": rows, "TOKENS": rows if rows <= most else min(HELD, most // 2)}
+
+
 def warps(D: int) -> int:
     """Warps of a program that fits a block alone."""
     return WARPS if D > 128 else 2 * WARPS
@@ -103,7 +106,7 @@ def variants() -> Iterator[Variant]:
                 "n": "i32",
                 "n_iter": "i32",
             },
-            {**flags, "H": 8, "ROWS": rows, "TOKENS": min(HELD, TILE // D // 2)},
+            {**flags, "H": 8, **tiling(rows, D)},
             warps(D),
             3,
         )

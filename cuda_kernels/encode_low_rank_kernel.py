@@ -70,7 +70,8 @@ def iterate(
 ):  # fmt: skip
     """A [n, R] and C [D, R] of one head's block e [n, D], from c0 [H, D, R]; y [n, R] are notes.
 
-    It reads e, which its caches hold, twice for each iteration.
+    A block of one tile is read once. Of a longer one it reads e, which its caches hold, twice for
+    each iteration.
     """
     program = tl.program_id(0).to(tl.int64)
     e, y = e + program * n * D, y + program * n * R
@@ -79,25 +80,32 @@ def iterate(
     in_c, of_c = (d < D)[:, None] & (i < R), d[:, None] * R + i
     right = tl.load(c0 + program % H * D * R + of_c, mask=in_c, other=0.0)
     left = tl.zeros([ROWS, RANKS], tl.float32)
+    if ROWS == TOKENS:
+        mask = (t < n) & (d < D)[None, :]
+        whole = tl.load(e + t * D + d[None, :], mask=mask, other=0.0)
     for _ in tl.range(0, n_iter):  # A = basis of E C, C = E^T A
         right = orthonormal(right, R)
-        for at in tl.range(0, n, TOKENS):
-            mask = (at + t < n) & (d < D)[None, :]
-            block = tl.load(e + (at + t) * D + d[None, :], mask=mask, other=0.0)
-            tl.store(y + (at + t) * R + i, times(block, right, R), mask=(at + t < n) & (i < R))
-        tl.debug_barrier()  # other threads read what has been written here
-        left = tl.load(y + row * R + i, mask=(row < n) & (i < R), other=0.0)
-        left = orthonormal(left, R)
-        tl.debug_barrier()
-        tl.store(y + row * R + i, left, mask=(row < n) & (i < R))
-        tl.debug_barrier()
-        right = tl.zeros([WIDTH, RANKS], tl.float32)
-        for at in tl.range(0, n, TOKENS):
-            mask = (at + t < n) & (d < D)[None, :]
-            block = tl.load(e + (at + t) * D + d[None, :], mask=mask, other=0.0)
-            some = tl.load(y + (at + t) * R + i, mask=(at + t < n) & (i < R), other=0.0)
-            right += times_turned(block, some, R)
-        tl.debug_barrier()
+        if ROWS == TOKENS:
+            left = orthonormal(times(whole, right, R), R)
+            right = times_turned(whole, left, R)
+        else:
+            for at in tl.range(0, n, TOKENS):
+                mask = (at + t < n) & (d < D)[None, :]
+                block = tl.load(e + (at + t) * D + d[None, :], mask=mask, other=0.0)
+                tl.store(y + (at + t) * R + i, times(block, right, R), mask=(at + t < n) & (i < R))
+            tl.debug_barrier()  # other threads read what has been written here
+            left = tl.load(y + row * R + i, mask=(row < n) & (i < R), other=0.0)
+            left = orthonormal(left, R)
+            tl.debug_barrier()
+            tl.store(y + row * R + i, left, mask=(row < n) & (i < R))
+            tl.debug_barrier()
+            right = tl.zeros([WIDTH, RANKS], tl.float32)
+            for at in tl.range(0, n, TOKENS):
+                mask = (at + t < n) & (d < D)[None, :]
+                block = tl.load(e + (at + t) * D + d[None, :], mask=mask, other=0.0)
+                some = tl.load(y + (at + t) * R + i, mask=(at + t < n) & (i < R), other=0.0)
+                right += times_turned(block, some, R)
+            tl.debug_barrier()
     TYPE: tl.constexpr = a.dtype.element_ty
     to = (program * n + row) * R + i
     tl.store(a + to, rounded(left, TYPE), mask=(row < n) & (i < R))

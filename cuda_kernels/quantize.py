@@ -188,15 +188,25 @@ def tiling(
 
 
 def traffic(
-    shape: tuple[int, ...], size: int, bits: int, role: Role, backbone: Backbone, group_size: int
+    shape: tuple[int, ...],
+    size: int,
+    bits: int,
+    role: Role,
+    backbone: Backbone,
+    group_size: int,
+    *,
+    scales: int = 0,
 ) -> Traffic:
-    """With numbers, steps and lows of `size` bytes each; a group that is walked is read twice."""
+    """With numbers of `size` bytes each, and steps and lows of `scales`, or else as many.
+
+    A group that is walked is read twice.
+    """
     B, H, n, D = shape
     tile = tiling(shape, bits, role, backbone, group_size)
     assert tile is not None
-    x, scales = B * H * n * D, 2 * B * H * n * D // tile.group
+    x, steps = B * H * n * D, 2 * B * H * n * D // tile.group
     words = B * H * (D * n_words(n, bits) if role == "k" else n * n_words(D, bits))
-    least = size * (x + scales) + 4 * words
+    least = size * x + (scales or size) * steps + 4 * words
     return Traffic(least + (size * x if tile.walk else 0), least)
 
 
