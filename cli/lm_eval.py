@@ -82,8 +82,14 @@ def lm_eval(
         **({"dtype": dtype} if dtype else {}),
         **scoring,
     }
-    with redirect_stderr(io.StringIO()) if quiet else nullcontext():
-        _evaluate(args, tasks, rest)
+    try:
+        with redirect_stderr(io.StringIO()) if quiet else nullcontext():
+            _evaluate(args, tasks, rest)
+    except KeyboardInterrupt:
+        kept = any(word.startswith(("--use_cache", "-c")) for word in rest)
+        goes_on = "goes on where it was" if kept else "would go on with --use_cache FILE behind --"
+        click.echo(f"kvc: interrupted; the same command {goes_on}", err=True)
+        click.get_current_context().exit(130)
     if not quiet:
         click.echo(_line(), err=True)
 

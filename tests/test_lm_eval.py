@@ -246,7 +246,8 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     try:
         monkeypatch.setattr(Scorer, "scores", cut)
         result = run(*args)
-        assert (result.exit_code, result.stderr) == (130, "kvc: interrupted\n")
+        line = "kvc: interrupted; the same command goes on where it was\n"
+        assert (result.exit_code, result.stderr) == (130, line)
     finally:
         signal.signal(signal.SIGINT, before)
     monkeypatch.setattr(Scorer, "scores", count)
