@@ -214,6 +214,17 @@ def test_quantizers_that_are_installed_are_raced() -> None:
         assert found["bytes"] < found["dense_bytes"] / 4
 
 
+@both
+def test_a_token_that_ends_texts_does_not_end_a_race(backend: str) -> None:
+    place = Bench(engine(backend))
+    arm = generate.Arm(place, "dense", None, "", (1, 20, 6))
+    end = place.engine.tokenizer.eos_token_id
+    arm.forced[0] = [5, end, 7, end, 9, 11]
+    assert len(arm.run()) == 6
+    assert arm.log_probs.shape == (place.shape.vocab_size,)
+    assert np.exp(arm.log_probs).sum() == pytest.approx(1, abs=1e-5)
+
+
 def test_one_row_on_mlx() -> None:
     rows = rows_of(bench("generate", "mlx", "--json", "--batch", "2"))
     assert all("one row" in row["result"]["not_raced"] for row in rows.values())

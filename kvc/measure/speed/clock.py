@@ -1,4 +1,7 @@
-"""Times of several runs that take turns, so that what else the machine does hits all alike."""
+"""Times of several runs that take turns, so that what else the machine does hits all alike.
+
+They are of the wall: what a launch costs the CPU is part of them.
+"""
 
 from __future__ import annotations
 

@@ -156,6 +156,7 @@ def tell(engine: Any, cache: Any, rival: str, ids: NDArray[Any], forced: NDArray
         max_new_tokens=n,
         do_sample=False,
         pad_token_id=0,
+        eos_token_id=engine.shape.vocab_size,  # nothing ends it; without one the model's own would
         prefill_chunk_size=chunk_size(prompt.shape[1], STEP),
     )
     sync(None)
