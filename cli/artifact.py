@@ -1,4 +1,4 @@
-"""What `kvc info` says of a file of LESS kernels or a KVSharer map."""
+"""What `kvc info` says of a file of LESS kernels, a KVSharer map or a profile."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvc.cli.profile import front_lines, profile_rows
 from kvc.cli.run import hush, in_units
 
 
@@ -17,7 +18,7 @@ def show_artifact(name: str, as_json: bool) -> None:
     Raises:
         ArtifactError: If there is none, it cannot be had, or it is damaged.
     """
-    from kvc.files import KERNELS, facts
+    from kvc.files import KERNELS, PROFILE, facts
     from kvc.hub import load_artifact
 
     hush()
@@ -25,7 +26,7 @@ def show_artifact(name: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    own = _kernels(found) if found["kind"] == KERNELS else _map(found)
+    own = {KERNELS: _kernels, PROFILE: profile_rows}.get(found["kind"], _map)(found)
     rows = {
         "artifact": name,
         "kind": found["kind"],
@@ -43,6 +44,8 @@ def show_artifact(name: str, as_json: bool) -> None:
     wide = max(map(len, config), default=0) + 2
     for key, x in config.items():
         click.echo(f"  {key:<{wide}}{x if isinstance(x, str) else json.dumps(x)}")
+    if found["kind"] == PROFILE:
+        tables.append(["best at their bytes, on one row", *front_lines(found["front"])])
     for lines in filter(None, tables):
         click.echo("\n" + "\n".join(lines))
 

@@ -182,8 +182,8 @@ def show_model(facts: dict[str, Any]) -> None:
 def info(artifact: str | None, model: str | None, backend: str, as_json: bool) -> None:
     """Show the backends found, and which ops have kernels there; or a model; or ARTIFACT.
 
-    ARTIFACT is a file of LESS kernels or a KVSharer map, or a repository of the Hugging Face hub
-    with one.
+    ARTIFACT is a file of LESS kernels, a KVSharer map or a profile of kvc tune, or a repository of
+    the Hugging Face hub with one.
 
     Example: kvc info --json
     """

@@ -6,21 +6,37 @@ import json
 import shlex
 from typing import Any
 
-from kvc.files import Artifact, KernelsFile, facts, map_text
+from kvc.files import (
+    KERNELS,
+    MAP,
+    PROFILE,
+    Artifact,
+    KernelsFile,
+    ProfileFile,
+    facts,
+    kind_of,
+    map_text,
+)
 
 _WHAT = {
-    True: (
+    KERNELS: (
         "LESS kernels",
         "less",
         "[LESS](https://arxiv.org/abs/2402.09398) keeps few tokens of a key/value cache and folds "
         "those that it evicts into a state of constant size. These are the learned maps that it "
         "needs, trained for one model.",
     ),
-    False: (
+    MAP: (
         "A KVSharer map",
         "kvsharer",
         "[KVSharer](https://arxiv.org/abs/2410.18517) lets dissimilar layers of a model read one "
         "key/value cache. This is the map of which layer reads which, searched for one model.",
+    ),
+    PROFILE: (
+        "A profile",
+        "tune",
+        "A way to compress the key/value cache with all its parameters, bits of each layer among "
+        "them, as `kvc tune` found it for one model.",
     ),
 }
 
@@ -37,7 +53,7 @@ def model_card(artifact: Artifact, repo: str, base_model: str = "") -> str:
     """
     from huggingface_hub import ModelCardData
 
-    title, method, what = _WHAT[isinstance(artifact, KernelsFile)]
+    title, method, what = _WHAT[kind_of(artifact)]
     head = ModelCardData(library_name="kvc", base_model=base_model or None, tags=["kvc", method])
     of = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
     rows = {name: _shown(x) for name, x in facts(artifact).items() if name != "config"}
@@ -64,6 +80,8 @@ def model_card(artifact: Artifact, repo: str, base_model: str = "") -> str:
 
 def _settings(artifact: Artifact, repo: str) -> tuple[str, dict[str, Any]]:
     """The method that uses an artifact, and its settings."""
+    if isinstance(artifact, ProfileFile):
+        return f"@{repo}", {}
     if not isinstance(artifact, KernelsFile):
         return "kvsharer", {"kvsharer.map": repo}
     config = artifact.config
@@ -84,11 +102,10 @@ def _command(artifact: Artifact, repo: str, model: str) -> str:
 
 def _python(artifact: Artifact, repo: str) -> str:
     method, settings = _settings(artifact, repo)
-    return (
-        "import kvc\n\n"
-        f"settings = {settings!r}\n"
-        f"cache = kvc.make_cache(model, {method!r}, **settings)  # of mlx-lm or transformers"
-    )
+    lines = [f"settings = {settings!r}"] if settings else []
+    given = f"{method!r}, **settings" if settings else repr(method)
+    call = f"cache = kvc.make_cache(model, {given})  # of mlx-lm or transformers"
+    return "\n".join(["import kvc\n", *lines, call])
 
 
 def _table(title: str, rows: dict[str, str]) -> list[str]:

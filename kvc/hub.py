@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvc.errors import ArtifactError
-from kvc.files import KERNELS, MAP, Artifact, MapFile, read_artifact
+from kvc.files import KERNELS, MAP, PROFILE, Artifact, kind_of, read_artifact
 from kvc.files.header import reason
 
-FILES = {KERNELS: "less-kernels.safetensors", MAP: "kvsharer-map.json"}  # in a repository
+FILES = {
+    KERNELS: "less-kernels.safetensors",
+    MAP: "kvsharer-map.json",
+    PROFILE: "kvc-profile.json",
+}  # in a repository
 _REPO = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\S+))?", re.ASCII)
 
 
 def load_artifact(name: str | Path) -> Artifact:
-    """Kernels of LESS or a map of KVSharer, whichever it is.
+    """Kernels of LESS, a map of KVSharer or a profile, whichever it is.
 
     Args:
         name: A file, or a repository of the hub, `org/name` or `org/name@revision`.
@@ -26,7 +30,7 @@ def load_artifact(name: str | Path) -> Artifact:
     return read_artifact(locate(name))
 
 
-def locate(name: str | Path, kinds: Sequence[str] = (KERNELS, MAP)) -> Path:
+def locate(name: str | Path, kinds: Sequence[str] = (KERNELS, MAP, PROFILE)) -> Path:
     """The file that a name stands for; one of the hub is downloaded, once.
 
     Args:
@@ -101,7 +105,7 @@ def push(
     if not found or found["revision"]:
         raise ArtifactError(f"push: expected a repository as org/name, got {repo!r}")
     artifact = read_artifact(path)
-    kind = MAP if isinstance(artifact, MapFile) else KERNELS
+    kind = kind_of(artifact)
     card = model_card(artifact, repo, base_model)
     files = {"README.md": card.encode(), FILES[kind]: Path(path).read_bytes()}
     api = HfApi(token=token)

@@ -164,7 +164,7 @@ def test_what_looks_like_no_repository_is_a_file(hub: Hub, name: str) -> None:
 def test_the_hubs_errors_are_one_line(hub: Hub) -> None:
     assert "no such repository on the hub" in one_line(lambda: load_artifact(REPO))
     (hub.folder / REPO / "main").mkdir(parents=True)
-    assert "expected less-kernels.safetensors or kvsharer-map.json in this repository" in one_line(
+    assert "kvsharer-map.json or kvc-profile.json in this repository" in one_line(
         lambda: load_artifact(REPO)
     )
     assert one_line(lambda: parse("less", {"kernels": REPO})).endswith(

@@ -1,4 +1,4 @@
-"""What maps and kernels have in common: a header with a checksum, and writing whole or not at all.
+"""What files made for a model have in common: a header, a checksum, writing whole or not at all.
 
 The checksum is over the content, not the bytes: white space in JSON may change, nothing else.
 """
@@ -21,7 +21,7 @@ from kvc.errors import ArtifactError
 from kvc.version import __version__
 
 FORMAT = 1
-MAP, KERNELS = "kvsharer-map", "less-kernels"
+MAP, KERNELS, PROFILE = "kvsharer-map", "less-kernels", "profile"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -63,7 +63,7 @@ def check_header(
     Args:
         path: For the message.
         header: As read.
-        kind: `MAP` or `KERNELS`.
+        kind: `MAP`, `KERNELS` or `PROFILE`.
         expected: The types of the keys that only this kind has.
 
     Raises:

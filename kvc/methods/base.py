@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from kvc.backends.base import ModelShape
 from kvc.errors import ConfigError
-from kvc.files import sharers
+from kvc.files import check_model, sharers
 from kvc.methods.gear import Gear
 from kvc.methods.kvsharer import KVSharer
 from kvc.methods.less import Less
@@ -24,6 +24,8 @@ class Method:
     codec: Gear | None = None
     # the model's numbers of the layers that the store has, set by `check`
     numbers: tuple[int, ...] = field(default=(), compare=False)
+    # fingerprint of the only model that it is for, if it was tuned for one
+    model: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         """Refuses parts that make no sense together.
@@ -65,9 +67,11 @@ class Method:
 
         Raises:
             ConfigError: if the method and the model do not go together.
-            ArtifactError: if a map or kernels were made for another model, or the kernels were
-                trained under another map.
+            ArtifactError: if a profile, a map or kernels were made for another model, or the
+                kernels were trained under another map.
         """
+        if self.model:
+            check_model(self.model, shape.fingerprint, self.name)
         numbers = shape.full_layers
         if self.codec:
             self.codec.check(shape.head_dim)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvc.errors import ConfigError
+from kvc.files import PROFILE, read_profile
+from kvc.hub import locate
 from kvc.methods.base import Method, clash
 from kvc.methods.gear import Gear
 from kvc.methods.kvsharer import KVSharer
@@ -40,14 +42,18 @@ PRESETS: dict[str, tuple[type[Part] | None, dict[str, Any]]] = {
 
 
 def parse(text: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """The method that a name such as `gear` or `kvsharer+gear` means.
+    """The method that a name such as `gear` or `kvsharer+gear` means, or a profile, `@FILE`.
 
-    Settings are by `section.key`, or by `key` alone where there is one section.
+    Settings are by `section.key`, or by `key` alone where there is one section. They come before
+    those of a profile.
 
     Raises:
         ConfigError: an unknown name or parameter, a value out of range, two methods on one seam,
             two that make no sense together.
+        ArtifactError: a profile that is missing or damaged; another model refuses it later.
     """
+    if text.startswith("@"):
+        return _tuned(text, settings or {})
     left = dict(settings or {})
     names = [name.strip() for name in text.split("+")]
     for name in names:
@@ -74,6 +80,16 @@ def parse(text: str, settings: Mapping[str, Any] | None = None) -> Method:
         expected = ", ".join(f"{section}.…" for section in dict.fromkeys(sections)) or "none"
         raise ConfigError(f"{text}: no method takes the setting {key!r}; expected {expected}")
     return dataclasses.replace(method, name="+".join(names))
+
+
+def _tuned(text: str, settings: Mapping[str, Any]) -> Method:
+    """What a profile says, for its model alone."""
+    profile = read_profile(locate(text[1:], (PROFILE,)))
+    sections = {part.section for part in parse(profile.method).parts}
+    alone = next(iter(sections)) if len(sections) == 1 else ""
+    given = {f"{alone}.{k}" if alone and "." not in k else k: v for k, v in settings.items()}
+    method = parse(profile.method, {**profile.settings, **given})
+    return dataclasses.replace(method, name=text, model=profile.model)
 
 
 def _near(name: str, names: Iterable[str]) -> str:
