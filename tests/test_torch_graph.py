@@ -171,7 +171,10 @@ def test_other_calls_of_the_model_run_as_ever(model: Any) -> None:
         assert isinstance(model(step, past_key_values=cache, return_dict=False), tuple)
         embeds = model.get_input_embeddings()(step)
         model(inputs_embeds=embeds, past_key_values=cache)
-    assert recorder.replayed == before
+        assert recorder.replayed == before
+        for _ in range(3):  # as it is recorded, recorded, replayed
+            model(step, past_key_values=cache)
+        assert recorder.replayed == before + 2
     plain = run(model, None, ids, mask, 5)  # the model without our cache
     assert plain.sequences.shape == (2, 95)
 

@@ -9,6 +9,7 @@ ever: prompts, and the first steps after buffers have grown.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from types import MethodType
@@ -41,13 +42,18 @@ def why_not(model: PreTrainedModel, method: Method, mode: str, others: int) -> s
         mode: How the model takes the cache; see `kvc.backends.torch.entry`.
         others: Layers that keep the library's own cache.
     """
-    codec = method.codec
     if model.device.type != "cuda":
         return f"a model on a CUDA GPU, got one on {model.device.type}"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "a model on one device, got one on several"
     if mode != "handle" or others:
         return "a model whose layers all read the compressed cache"
+    return why_not_coded(method)
+
+
+def why_not_coded(method: Method) -> str | None:
+    """Why steps with a method cannot be recorded for any model, or None."""
+    codec = method.codec
     if codec is None or method.memory or isinstance(method.layout, MiniCache):
         return "a method that codes whole buffers, such as gear; eviction and merging do not"
     if codec.value_window != "chunk":
@@ -207,12 +213,15 @@ def route(model: PreTrainedModel) -> None:
 
 
 def _routed(cls: type[PreTrainedModel]) -> Callable[..., Any]:
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+
     @functools.wraps(cls.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         own = vars(self)["_kvc_forward"] or MethodType(cls.forward, self)
-        steps = getattr(kwargs.get("past_key_values"), "steps", None)
-        if steps is None or args or not steps.takes(kwargs):
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        steps = getattr(given.get("past_key_values"), "steps", None)
+        if steps is None or len(args) > len(names) or not steps.takes(given):
             return own(*args, **kwargs)
-        return steps(own, kwargs)
+        return steps(own, given)
 
     return forward

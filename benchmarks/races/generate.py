@@ -61,7 +61,7 @@ def row(lab: Lab, text: Texts, method: Method | None, peer: str = "") -> Row:
 
     def cache() -> Any:
         if method is not None:
-            return lab.cache(model, method)
+            return lab.cache(model, method, graph=lab.records(method))
         uninstall(model)
         return PEERS[peer](model)
 
@@ -79,6 +79,7 @@ def row(lab: Lab, text: Texts, method: Method | None, peer: str = "") -> Row:
             found["error"] = store_error(lab, kept.store, of["heads"])
     total = prefill + sum(steps)
     found |= {
+        "graph": method is not None and lab.records(method),
         "new": text.new,
         "prefill_s": prefill,
         "first_step_s": steps[0],  # in which the prompt is compressed

@@ -15,6 +15,7 @@ import kvc
 from benchmarks.races.device import Device
 from benchmarks.races.rows import NotRaced, Row
 from benchmarks.races.sizes import Sizes
+from kvc.backends.torch.graph import why_not_coded
 from kvc.errors import KernelUnavailable
 from kvc.methods import Method
 from kvc.ops import dispatch
@@ -50,10 +51,16 @@ class Lab:
         self._model = None
         self.device.tidy()
 
-    def cache(self, model: PreTrainedModel, method: Method, prefill: str = "exact") -> Any:
+    def cache(
+        self, model: PreTrainedModel, method: Method, prefill: str = "exact", graph: bool = False
+    ) -> Any:
         """An empty cache of ours. The trial on the model runs the definitions."""
         with mode("reference"):
-            return kvc.make_cache(model, method, prefill)
+            return kvc.make_cache(model, method, prefill, graph=graph)
+
+    def records(self, method: Method) -> bool:
+        """Whether steps of a Llama with this method can be recorded here."""
+        return self.device.on_gpu and why_not_coded(method) is None
 
     def randn(self, *shape: int, seed: int = 0) -> torch.Tensor:
         """Random numbers in the dtype of the caches."""

@@ -108,6 +108,7 @@ def _steps(rows: Rows) -> Iterator[str]:
             "model, batch x tokens, arm": _of("key"),
             "mode": _of("mode"),
             "as a graph": _spread("graph_ms"),
+            "as kvc records it": _spread("replayed_ms"),
             "as it comes": _spread("eager_ms"),
             "CPU's part": _of("host_ms"),
             "least by bytes": _of("floor_ms"),
