@@ -148,7 +148,8 @@ def test_encode(backend: str) -> None:
 
 
 def test_memory_on_mlx() -> None:
-    rows = rows_of(bench("memory", "mlx", "--json", "--prefill", "stream", "--contexts", "512"))
+    few = ("--prefill", "stream", "--contexts", "160", "--repeat", "1")
+    rows = rows_of(bench("memory", "mlx", "--json", *few))
     check_rows(rows, "mlx")
     for row in rows.values():
         found = row["result"]
@@ -162,7 +163,7 @@ def test_memory_on_a_cpu_is_that_of_a_process() -> None:
     need_backend("cpu")
     from kvc.demo import path
 
-    task = memory.Task("cpu", str(path()), None, "", "", CODED, "stream", 1, 512)
+    task = memory.Task("cpu", str(path()), None, "", "", CODED, "stream", 1, 256)
     found = memory.measure(task)
     assert found["peak_bytes"] > found["bytes"]
     assert found["mode"] == "reference"
@@ -223,6 +224,26 @@ def test_a_token_that_ends_texts_does_not_end_a_race(backend: str) -> None:
     assert len(arm.run()) == 6
     assert arm.log_probs.shape == (place.shape.vocab_size,)
     assert np.exp(arm.log_probs).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_without_a_dense_cache_there_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Bench(engine("cpu"))
+    make = place.library.make_cache
+
+    def scarce(model: Any, rival: str) -> Any:
+        if rival == "dense":
+            raise RuntimeError("out of memory")
+        return make(model, rival)
+
+    monkeypatch.setattr(place.library, "make_cache", scarce)
+    result = bench("generate", "cpu", "--json", "--methods", "none", "--repeat", "1")
+    rows = rows_of(result)
+    assert rows["dense"]["result"] == {"not_raced": "RuntimeError: out of memory"}
+    found = rows["none"]["result"]
+    assert found["loss"] is None
+    assert found["faster_than_quantized"] > 0
+    assert "faster_than_dense" not in found
+    assert table(list(rows.values())).splitlines()[-1] != ""
 
 
 def test_one_row_on_mlx() -> None:

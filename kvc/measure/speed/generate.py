@@ -82,14 +82,14 @@ class Arm:
         store = bench.engine.store(self.cache)
         return {"bytes": store.nbytes, "error": bench.store_error(self.how, store, q)}
 
-    def result(self, runs: list[list[float]], full: NDArray[np.float64]) -> Result:
-        """What a row says of it; `full` are the dense cache's log-probabilities."""
+    def result(self, runs: list[list[float]], full: NDArray[np.float64] | None) -> Result:
+        """What a row says of it; `full` are the dense cache's log-probabilities, if it ran."""
         batch, n = self.ids.shape
         new = self.forced.shape[1]
         prefill, first = ([run[i] for run in runs] for i in (0, 1))
         steps = [step for run in runs for step in run[2:]]
         total = Times.of([sum(run) for run in runs]).median
-        p = np.exp(full)
+        loss = None if full is None else float((np.exp(full) * (full - self.log_probs)).sum())
         return {
             **self.how.fields,
             **Times.of(steps).fields("ms"),
@@ -101,7 +101,7 @@ class Arm:
             "tokens_per_s": batch * new / total,
             "new": new,
             "dense_bytes": self.dense_bytes,
-            "loss": float((p * (full - self.log_probs)).sum()),
+            "loss": loss,
             **self.held(),
         }
 

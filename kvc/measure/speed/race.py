@@ -12,8 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from kvc.errors import KernelUnavailable
 from kvc.measure.choice import Choice
 from kvc.measure.results import Results, Row
@@ -182,7 +180,7 @@ class Race:
 
         arms, found = self._ready(make, check, done)
         runs = in_turns({label: arm.run for label, arm in arms.items()}, self.repeat, check)
-        full = arms[DENSE].log_probs if DENSE in arms else np.empty(0)
+        full = arms[DENSE].log_probs if DENSE in arms else None
         return found | {label: arm.result(runs[label], full) for label, arm in arms.items()}
 
     def _encode(self, point: Point, check: Check, done: Check) -> dict[str, Result]:
