@@ -240,10 +240,10 @@ def test_without_a_dense_cache_there_is_no_loss(monkeypatch: pytest.MonkeyPatch)
     rows = rows_of(result)
     assert rows["dense"]["result"] == {"not_raced": "RuntimeError: out of memory"}
     found = rows["none"]["result"]
-    assert found["loss"] is None
+    assert "loss" not in found
     assert found["faster_than_quantized"] > 0
     assert "faster_than_dense" not in found
-    assert table(list(rows.values())).splitlines()[-1] != ""
+    assert table([rows["none"]]).splitlines()[-1].endswith("  -")
 
 
 def test_one_row_on_mlx() -> None:

@@ -89,7 +89,9 @@ class Arm:
         prefill, first = ([run[i] for run in runs] for i in (0, 1))
         steps = [step for run in runs for step in run[2:]]
         total = Times.of([sum(run) for run in runs]).median
-        loss = None if full is None else float((np.exp(full) * (full - self.log_probs)).sum())
+        loss = {}
+        if full is not None:
+            loss["loss"] = float((np.exp(full) * (full - self.log_probs)).sum())
         return {
             **self.how.fields,
             **Times.of(steps).fields("ms"),
@@ -101,7 +103,7 @@ class Arm:
             "tokens_per_s": batch * new / total,
             "new": new,
             "dense_bytes": self.dense_bytes,
-            "loss": loss,
+            **loss,
             **self.held(),
         }
 

@@ -134,5 +134,5 @@ def _lines(rows: Sequence[Row], columns: Sequence[Column]) -> Iterator[str]:
 def _cell(show: Callable[[Result], str], result: Result) -> str:
     try:
         return show(result)
-    except (KeyError, TypeError):  # there is none, or it could not be had
+    except KeyError:
         return "-"
