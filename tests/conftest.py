@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 BACKENDS = ("numpy", "mlx", "torch")
-KNOWN = (*BACKENDS, "clang", "metal", "chromium")  # clang++ for the simulator, a GPU of a Mac
+# clang++ for the simulator, the GPU of a Mac, a browser, the harness of evaluations
+KNOWN = (*BACKENDS, "clang", "metal", "chromium", "lm_eval")
 REQUIRED = {name.strip() for name in os.environ.get("KVC_REQUIRE", "").split(",")} - {""}
 
 if unknown := REQUIRED - set(KNOWN):
