@@ -14,6 +14,7 @@ from kvc.cli.lm_eval import lm_eval
 from kvc.cli.push import push
 from kvc.cli.search import search
 from kvc.cli.train import train
+from kvc.cli.tune import tune
 from kvc.errors import KernelUnavailable, KVCError
 
 
@@ -53,3 +54,4 @@ main.add_command(lm_eval)
 main.add_command(push)
 main.add_command(search)
 main.add_command(train)
+main.add_command(tune)

@@ -1,0 +1,1 @@
+"""Tuning: the method, its parameters and the bits of each layer that suit one model best."""
