@@ -14,7 +14,7 @@ from kvc.ops.past import Past
 
 TILE = 2048  # coded tokens that are read at a time; bounds what attention holds decoded
 FEW = 8  # queries for which tokens are not decoded
-CACHED = 2**19  # numbers of coded tokens that few queries take at a time, to stay in a CPU's cache
+CACHED = 2**21  # numbers of coded tokens that few queries take at a time, to bound what is decoded
 SCORES = 2**20  # scores that are held at a time, over all heads and rows
 
 
