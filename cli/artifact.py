@@ -45,7 +45,7 @@ def show_artifact(name: str, as_json: bool) -> None:
     for key, x in config.items():
         click.echo(f"  {key:<{wide}}{x if isinstance(x, str) else json.dumps(x)}")
     if found["kind"] == PROFILE:
-        tables.append(["best at their bytes, on one row", *front_lines(found["front"])])
+        tables.append(front_lines(found["front"]))
     for lines in filter(None, tables):
         click.echo("\n" + "\n".join(lines))
 

@@ -35,7 +35,8 @@ def measured_rows(measured: Mapping[str, Any]) -> dict[str, str]:
 
 def front_lines(front: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is best at its bytes, a line each."""
-    lines = [f"{'bytes':>7}  {'divergence':>10}  {'perplexity':>10}  method"]
+    lines = ["best at their bytes, on one row:"]
+    lines += [f"{'bytes':>7}  {'divergence':>10}  {'perplexity':>10}  method"]
     for point in front:
         settings = " ".join(
             f"{key.rpartition('.')[2]}={value}" for key, value in point["settings"].items()

@@ -15,7 +15,9 @@ from kvc.calibrate.tune.others import others
 from kvc.calibrate.tune.quality import Level, Quality, Score
 from kvc.calibrate.tune.run import Goal, Tuned, tune
 from kvc.calibrate.tune.search import Search
+from kvc.calibrate.tune.sizes import Sizes
 from kvc.calibrate.tune.space import exacts, kinds, read_methods
+from kvc.calibrate.tune.widen import wider
 from kvc.errors import ConfigError
 from kvc.files import write_profile
 from kvc.measure.choice import read_choice
@@ -213,6 +215,21 @@ def test_merged_layers_are_tried_where_they_are_good(engine: Any, rows: Rows) ->
     assert found(0.9, 1e-6) == ["kivi"]
 
 
+@pytest.mark.parametrize("text", ["kivi", "gear2", "kvsharer+kcvt"])
+def test_room_that_is_left_goes_to_newest_tokens(engine: Any, rows: Rows, text: str) -> None:
+    sizes = Sizes(engine, rows.ids[0], T)
+    choice = read_choice(text)
+    budget = sizes.of(choice.method) + 0.1 * sizes.dense
+    found = wider(sizes, choice, budget)
+    assert found is not None
+    assert found.method.codec is not None
+    assert choice.method.codec is not None
+    assert found.method.codec.window > choice.method.codec.window
+    assert 0.97 * budget <= sizes.of(found.method) <= budget
+    assert wider(sizes, choice, sizes.of(choice.method)) is None
+    assert wider(sizes, read_choice("h2o"), budget) is None
+
+
 def test_interrupted_it_goes_on(engine: Any) -> None:
     rows, results = read_rows(engine, [TEXT], 1, 256), Results()
     first = Search(engine, rows, 256, ("kivi",), results)
@@ -243,7 +260,7 @@ def test_rows_that_are_too_short_are_refused(engine: Any) -> None:
 def test_methods_that_leave_nothing_are_refused(engine: Any, rows: Rows) -> None:
     with pytest.raises(ConfigError, match="--methods: expected some of kivi,"):
         read_methods("kivi,gears")
-    with pytest.raises(ConfigError, match="expected methods that this llama model takes"):
+    with pytest.raises(ConfigError, match="code or evict, and that this llama model takes"):
         search(engine, rows, Results(), ("minicache",))
 
 

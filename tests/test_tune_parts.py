@@ -194,6 +194,6 @@ def test_broken_scales_are_seen(engine: Any, ids: Any, monkeypatch: pytest.Monke
 def test_long_vocabularies_leave_fewer_positions() -> None:
     level = Level(4, 2048)
     assert quality.scored_tokens(level, 2048) == 1024
-    assert quality.scored_tokens(level, 128256) == 512
+    assert quality.scored_tokens(level, 128256) == 256
     assert quality.scored_tokens(Level(32, 2048), 256000) == 64
     assert np.all([quality.scored_tokens(Level(1, n), 10) % 64 == 0 for n in (256, 300, 1000)])

@@ -23,7 +23,7 @@ from kvc.measure.results import Results
 from kvc.methods import Method, parse
 
 PIECE = 64  # tokens, as many as most buffers gather before they are coded
-NUMBERS = 1 << 28  # at most, of the full model's logits that are kept
+NUMBERS = 1 << 27  # at most, of the full model's logits that are kept
 
 OnStep = Callable[[int, int], None]
 

@@ -18,17 +18,17 @@ from kvc.calibrate.tune.others import others
 from kvc.calibrate.tune.quality import Level, Quality, Score
 from kvc.calibrate.tune.sensitivity import Sensitivity
 from kvc.calibrate.tune.sizes import Sizes
-from kvc.calibrate.tune.space import LAYOUTS, Kind, choice_of, exacts, kinds, takes
+from kvc.calibrate.tune.space import LAYOUTS, Kind, exacts, kinds, takes
+from kvc.calibrate.tune.widen import wider
 from kvc.errors import ConfigError
 from kvc.measure.choice import Choice, read_choice
 from kvc.measure.results import Results
-from kvc.methods import PRESETS, Less, MiniCache
+from kvc.methods import PRESETS, Less
 
 LEAST = 256  # tokens of a row, of which the half that is compressed fills a buffer
 KINDS, VARIED, FINAL = 4, 2, 3  # kinds that are measured, varied; methods read on all rows
 LADDER = (0.07, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5)  # of the dense bytes, for the front
 STEPS = 5  # budgets that are tried for a perplexity
-GRAIN = 8  # tokens by which a window is widened
 TIE = 1e-6  # nats that float32 does not tell apart; the fewer bytes win
 
 # Told of what is being done, and how many tokens were read of how many in all.
@@ -87,8 +87,8 @@ class Search:
         self.evicts = any(PRESETS[name][0] is Less for name in presets)
         if not self.kinds and not self.evicts:
             raise ConfigError(
-                f"tune: expected methods that this {self.shape.family} model takes, got "
-                f"{','.join(presets)}"
+                f"tune: expected presets that code or evict, and that this {self.shape.family} "
+                f"model takes, got {','.join(presets)}"
             )
         self.sensitivities = {
             layout: Sensitivity(self.quality, self.sizes, self.low, found[0], layout)
@@ -137,7 +137,7 @@ class Search:
         if found:
             found += self._closer(found[0].kind, budget)
             found.sort(key=order)
-        few = [tried.kind for tried in found[:VARIED] if tried.kind]
+        few = [*dict.fromkeys(tried.kind for tried in found if tried.kind)][:VARIED]
         for kind in few if few and found[0].score.kl > TIE else ():
             found += self._varied(kind, budget)
         bound = min((tried.score.kl for tried in found), default=math.inf)
@@ -151,8 +151,9 @@ class Search:
             )
         found = sorted(found, key=order)[:FINAL]
         best = [self._measure(tried.choice, self.high, tried.kind) for tried in found]
-        if filled := self._filled(min(best, key=order), budget):
-            best.append(self._measure(filled, self.high))
+        winner = min(best, key=order)
+        if winner.score.kl > TIE and (more := wider(self.sizes, winner.choice, budget)):
+            best.append(self._measure(more, self.high))
         return min(best, key=order)
 
     def for_increase(self, share: float) -> Tried:
@@ -256,23 +257,6 @@ class Search:
             nbytes = self.sizes.of(choice.method)
             self.tried[level][key] = Tried(choice, nbytes, self.quality(choice, level), kind)
         return self.tried[level][key]
-
-    def _filled(self, best: Tried, budget: float) -> Choice | None:
-        """The same with as many more newest tokens exact as the budget has room for."""
-        codec, layout = best.choice.method.codec, best.choice.method.layout
-        exact = best.score.kl <= TIE
-        if exact or codec is None or best.choice.method.memory or isinstance(layout, MiniCache):
-            return None
-
-        def wider(window: int) -> Choice:
-            return choice_of(best.choice.name, {**best.choice.settings, "gear.window": str(window)})
-
-        low, high = codec.window // GRAIN, self.sizes.context // GRAIN
-        while high - low > 1:
-            half = (low + high) // 2
-            fits = self.sizes.of(wider(half * GRAIN).method) <= budget
-            low, high = (half, high) if fits else (low, half)
-        return wider(low * GRAIN) if low * GRAIN > codec.window else None
 
     def _foresee(self) -> None:
         """How many tokens there are to read, about."""
