@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from benchmarks.races.device import Times
-from benchmarks.races.rows import Row, Rows, commit, read, versions
+from benchmarks.races.rows import PACKAGES, Row, Rows, read
+from kvc.measure.provenance import commit, versions
+from kvc.measure.speed.clock import Times
 from kvc.methods import Gear, parse
 from kvc.ops.attention import attend_coded, attend_dense
 from kvc.ops.codec import arrays, encode
@@ -206,17 +207,17 @@ def of_encoding(n: int) -> Iterator[Arm]:
 
 def taken(arms: Sequence[Arm], turns: int) -> Iterator[tuple[Arm, Row]]:
     """Each arm's times, and their ratios to its rival's in the same turn."""
-    ms: dict[str, list[float]] = {arm.key: [] for arm in arms}
+    times: dict[str, list[float]] = {arm.key: [] for arm in arms}
     for turn in range(turns + 1):
         for arm in arms:
             start = time.perf_counter()
             arm.run()
             if turn:  # the first warms up
-                ms[arm.key].append((time.perf_counter() - start) * 1e3)
+                times[arm.key].append(time.perf_counter() - start)
     for arm in arms:
-        found = Times.of(ms[arm.key]).fields("ms")
+        found = Times.of(times[arm.key]).fields("ms")
         if arm.rival:
-            pairs = zip(ms[arm.key], ms[arm.rival], strict=True)
+            pairs = zip(times[arm.key], times[arm.rival], strict=True)
             found |= {"rival": arm.rival, "ratio": statistics.median(a / b for a, b in pairs)}
         yield arm, found
 
@@ -263,7 +264,7 @@ def main(out: Path, quick: bool) -> None:
     k, v = rng.standard_normal((2, 1, KV_HEADS, n, D)).astype(np.float32)
     peers = ("mlx", "mlx-lm")
     has_mlx = all(find_spec(name.replace("-", "_")) for name in peers)
-    packages = versions() | {name: version(name) for name in peers if has_mlx}
+    packages = versions(PACKAGES) | {name: version(name) for name in peers if has_mlx}
     common: Row = {"commit": commit(), "versions": packages, "device": "cpu", "threads": THREADS}
     common |= {
         "tokens": n,

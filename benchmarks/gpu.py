@@ -17,8 +17,9 @@ from pathlib import Path
 import click
 
 from benchmarks.races.plan import RACES, SECONDS, Options, run_all
-from benchmarks.races.rows import commit, read, versions
+from benchmarks.races.rows import PACKAGES, read
 from benchmarks.races.table import tables
+from kvc.measure.provenance import commit, versions
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -81,7 +82,7 @@ def race(
         out.unlink(missing_ok=True)
     common = {
         "commit": commit(),
-        "versions": versions() | {"cuda": torch.version.cuda},
+        "versions": versions(PACKAGES) | {"cuda": torch.version.cuda},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "dry": dry,
     }

@@ -12,24 +12,11 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 METHODS = ("none", "kivi", "gear", "gear2", "minicache", "minicache+gear", "h2o")
 STEP = 512  # tokens of the prompt at a time
 NEW = 8
-
-
-def resident(peak: bool = False) -> int:
-    """Bytes of this process in memory, now or at most since the last `forget_peak`."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    field = "VmHWM:" if peak else "VmRSS:"
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-def forget_peak() -> None:
-    """Lets the high-water mark start again from what is resident now (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def measure(backend: str, method: str, prefill: str, n: int) -> dict[str, Any]:
@@ -38,6 +25,7 @@ def measure(backend: str, method: str, prefill: str, n: int) -> dict[str, Any]:
 
     import kvc.demo
     from kvc.api import load_engine
+    from kvc.measure.peak import Peak
     from kvc.methods import parse
     from kvc.ops.dispatch import mode
 
@@ -50,24 +38,11 @@ def measure(backend: str, method: str, prefill: str, n: int) -> dict[str, Any]:
     run |= {"prefill_step": STEP, "on_prefill": None}
     parsed = parse(method, settings)
     list(engine.stream(ids[:600], engine.make_cache(parsed, prefill), **run))  # warms up
-    if backend == "mlx":
-        import mlx.core as mx
-
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-    elif backend == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        forget_peak()
-        before = resident()
+    peak = Peak(engine)
     cache = engine.make_cache(parsed, prefill)
     with mode("reference"):
         list(engine.stream(ids, cache, **run))
-    peak = resident(peak=True) if backend == "cpu" else engine.peak_memory()
+    above = peak.above()
     report = engine.store(cache).report()
     packages = ("mlx", "mlx-lm") if backend == "mlx" else ("torch", "transformers")
     return {
@@ -78,7 +53,7 @@ def measure(backend: str, method: str, prefill: str, n: int) -> dict[str, Any]:
         "prefill": prefill,
         "tokens": n,
         "prefill_step": STEP,
-        "peak_above_weights": peak - before,
+        "peak_above_weights": above,
         "cache_bytes": report.nbytes,
         "dense_bytes": report.dense_bytes,
     }

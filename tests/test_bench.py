@@ -13,6 +13,7 @@ from click.testing import Result
 
 from kvc import api
 from kvc.errors import KernelUnavailable
+from kvc.measure import provenance
 from kvc.measure.choice import read_choice
 from kvc.measure.speed import attention, generate, memory, race
 from kvc.measure.speed.bench import Bench
@@ -439,11 +440,11 @@ def test_memory_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.undo()
-    if (race.ROOT / ".git").exists():
-        found = race.commit()
+    if (provenance.ROOT / ".git").exists():
+        found = provenance.commit()
         assert found is not None
         assert len(found.removesuffix("+")) == 12
-    monkeypatch.setattr(race, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
     monkeypatch.setenv("KVC_COMMIT", "told")
-    assert race.commit() == "told"
-    assert race.versions(("pytest", "no-such-package")).keys() == {"python", "pytest"}
+    assert provenance.commit() == "told"
+    assert provenance.versions(("pytest", "no-such-package")).keys() == {"python", "pytest"}

@@ -17,9 +17,10 @@ from click.testing import CliRunner
 from benchmarks.gpu import main
 from benchmarks.races.correctness import ran
 from benchmarks.races.plan import RACES, Options, Race, guarded, measured, starting
-from benchmarks.races.rows import NotRaced, Row, Rows, Task, read
+from benchmarks.races.rows import Row, Rows, Task, read
 from benchmarks.races.table import tables
 from benchmarks.races.targets import targets
+from kvc.measure.speed.clock import NotRaced
 from tests.conftest import need
 
 COMMON = {"commit": "c", "versions": {"torch": "2"}, "date": "2026-01-01", "dry": False}

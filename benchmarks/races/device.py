@@ -7,33 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from benchmarks.peak_memory import forget_peak, resident
+from kvc.measure.peak import forget_peak, resident
+from kvc.measure.speed.clock import Times
 
 Run = Callable[[], Any]
 DRY_RUNS = 3  # on the CPU, where no figure means anything
-
-
-class Times(NamedTuple):
-    """Milliseconds of equal runs."""
-
-    median: float
-    low: float  # the quartiles
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, each: Sequence[float]) -> Times:
-        """The median and the quartiles."""
-        low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else [*each] * 3
-        return cls(middle, low, high, len(each))
-
-    def fields(self, name: str) -> dict[str, Any]:
-        """As fields of a row: the median as `name`, and the spread."""
-        return {name: self.median, f"{name}_spread": [self.low, self.high], f"{name}_runs": self.n}
 
 
 class Device:
@@ -65,7 +47,7 @@ class Device:
         self.sync()
         once = time.perf_counter() - start
         n = int(min(max(seconds / once, least), most)) if self.on_gpu else DRY_RUNS
-        return Times.of(self.events([run] * n, cold=cold))
+        return Times.of([ms / 1e3 for ms in self.events([run] * n, cold=cold)])
 
     def events(self, runs: Sequence[Run], *, cold: bool = False) -> list[float]:
         """Milliseconds of each run between events on the GPU, enqueued behind one another."""
@@ -126,7 +108,7 @@ class Device:
         n = min(4 << 30, self.free() // 4) if self.on_gpu else 1 << 24
         x = torch.empty(n // 4, dtype=torch.int32, device=self.at).random_()
         y = torch.empty_like(x)
-        return 2 * x.nbytes / (self.sample(lambda: y.copy_(x), cold=False).median / 1e3)
+        return 2 * x.nbytes / self.sample(lambda: y.copy_(x), cold=False).median
 
     def free(self) -> int:
         """Bytes that can still be allocated."""

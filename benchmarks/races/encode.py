@@ -44,7 +44,7 @@ class Prompts:
             model(ids, past_key_values=kept, use_cache=True, logits_to_keep=1)
 
         taken = self.lab.device.sample(run, seconds=1, least=3, most=5, cold=False)
-        return taken.median / model.config.num_hidden_layers
+        return 1e3 * taken.median / model.config.num_hidden_layers
 
     def row(self, arm: str, n: int) -> Row:
         """K and V of one layer."""

@@ -102,8 +102,8 @@ def timed(lab: Lab, run: Callable[[], Any], least: int, *, graphed: bool = True)
     if graphed and device.on_gpu:
         best = device.sample(device.graph(run), seconds=0.3, least=10)
         found |= best.fields("graph_ms")
-    rate = least / (best.median / 1e3)
-    return found | {"ms": best.median, "rate": rate, "share_of_copy": rate / device.copy_rate}
+    rate = least / best.median
+    return found | {"ms": 1e3 * best.median, "rate": rate, "share_of_copy": rate / device.copy_rate}
 
 
 def race(lab: Lab) -> Iterator[Task]:

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import kvc
 from benchmarks.races.device import Device
-from benchmarks.races.rows import NotRaced, Row
+from benchmarks.races.rows import Row
 from benchmarks.races.sizes import Sizes
 from kvc.backends.torch.graph import why_not_coded
 from kvc.errors import KernelUnavailable
+from kvc.measure.speed.clock import NotRaced
 from kvc.methods import Method
 from kvc.ops import dispatch
 from kvc.ops.dispatch import Mode, mode

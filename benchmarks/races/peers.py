@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.races.rows import NotRaced
+from kvc.measure.speed.clock import NotRaced
 
 Run = Callable[[], torch.Tensor]
 PAGE = 16  # tokens

@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.races.rows import NotRaced, Row, Rows, Task
+from benchmarks.races.rows import Row, Rows, Task
+from kvc.measure.speed.clock import NotRaced
 
 GRACE = 8.0  # seconds past its time after which a race is killed
 LEAST = 12.0  # seconds for which a broken race is started again

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +17,6 @@ class Task(NamedTuple):
 
     key: str
     run: Callable[[], Row]
-
-
-class NotRaced(Exception):  # noqa: N818 - no error: a row that says why there are no figures
-    """Why there is nothing to measure."""
 
 
 class Rows:
@@ -52,28 +44,3 @@ def read(path: Path) -> Iterator[Row]:
             yield json.loads(line)
         except ValueError:
             continue
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """The checkout's commit, with `+` behind it if files differ; KVC_COMMIT where git is not."""
-    try:
-        head, changed = (
-            subprocess.run(
-                ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for args in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("KVC_COMMIT")
-    return head + "+" * bool(changed)

@@ -45,16 +45,23 @@ class Peak:
             gc.collect()
             if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
                 libc.malloc_trim(0)  # what glibc keeps for later would hide what is taken now
-            _REFS.write_text("5", encoding="ascii")
-            self._before = _kibibytes("VmRSS:") * 1024
+            forget_peak()
+            self._before = resident()
 
     def above(self) -> int:
         """Bytes above those at the beginning: of the device, or of the process."""
         cpu = self._engine.name == "cpu"
-        peak = _kibibytes("VmHWM:") * 1024 if cpu else self._engine.peak_memory()
+        peak = resident(peak=True) if cpu else self._engine.peak_memory()
         return max(0, peak - self._before)
 
 
-def _kibibytes(field: str) -> int:
+def resident(peak: bool = False) -> int:
+    """Bytes of this process in memory, now or at most since the last `forget_peak` (Linux)."""
     lines = _STATUS.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    field = "VmHWM:" if peak else "VmRSS:"
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def forget_peak() -> None:
+    """Lets the high-water mark start again from what is resident now (Linux)."""
+    _REFS.write_text("5", encoding="ascii")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal
 
 from kvc.errors import KernelUnavailable
 from kvc.measure.choice import Choice
+from kvc.measure.provenance import commit, versions
 from kvc.measure.results import Results, Row
 from kvc.measure.speed import attention, encode, generate, memory
 from kvc.measure.speed.bench import Bench
@@ -23,7 +19,6 @@ from kvc.version import __version__
 
 What = Literal["attention", "generate", "encode", "memory"]
 REPEAT: dict[What, int] = {"attention": 15, "generate": 3, "encode": 3, "memory": 1}
-ROOT = Path(__file__).resolve().parents[3]
 Check = Callable[[], None]
 Result = dict[str, Any]
 
@@ -246,30 +241,3 @@ def compare(what: What, found: Mapping[str, Result], rivals: Sequence[str]) -> N
                 least = min(other["bytes"] for other in beside)
                 result[f"faster_than_{name}"] = best / result[figure]
                 result[f"smaller_than_{name}"] = least / result["bytes"]
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of Python and of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """The checkout's commit, with `+` behind it if files differ; KVC_COMMIT where git is not."""
-    if not (ROOT / ".git").exists():
-        return os.environ.get("KVC_COMMIT")
-    try:
-        head, changed = (
-            subprocess.run(
-                ["git", *args], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for args in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("KVC_COMMIT")
-    return head + "+" * bool(changed)
