@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvc.cuda_kernels.attend_coded_codes import flat, tall, times
+
 ENTRIES = tl.constexpr(16)  # originals that are taken at a time
 
 
@@ -43,23 +45,20 @@ def _place(pointer, mask):
 
 
 @triton.jit
-def outliers(
-    index, delta, many, at, some, first,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
+def outliers(index, delta, many, at, some, first, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     """What is to be added to a tile: [N, WIDTH], its SIZE places from `first` on.
 
     index and delta are N pointers to rows of `many` entries, of which `some` [N] are asked for and
     `at` [N] lie before the tile. Returns also how many lie before the next.
     """
     column = tl.arange(0, WIDTH)
-    x = tl.zeros([at.shape[0], WIDTH], PRODUCT)
+    x = tl.zeros([at.shape[0], WIDTH], tl.float32)
     going = 1
     while going > 0:
         inside = some & (at < many)
         place = _place(index + at, inside)
         some = inside & (place < first + SIZE)
-        value = tl.load(delta + at, mask=some, other=0.0).to(PRODUCT)
+        value = tl.load(delta + at, mask=some, other=0.0).to(tl.float32)
         own = some[:, None] & ((place - first)[:, None] == column[None, :])
         x = tl.where(own, value[:, None], x)
         at += some.to(tl.int32)
@@ -70,21 +69,20 @@ def outliers(
 @triton.jit
 def key_originals(
     products, q, index, exact, many, at, first, stop, vector, d,
-    D: tl.constexpr, G: tl.constexpr, W: tl.constexpr, PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Products [ROWS, TILE] with the tokens `first` to `stop`, those of originals in their places.
+    """Products [2 ROWS, TILE] with the tokens `first` to `stop`, of originals in their places.
 
     index [many] are token * G + vector, and exact [many, W] the originals of all vectors, of which
-    this head has `vector`; `at` of them lie before the tile. Returns also how many before the next.
+    this head has `vector`; `at` of them lie before the tile; q is stacked. Returns also how many
+    lie before the next tile.
     """
     column = tl.arange(0, products.shape[1])
     going = 1
     while going > 0:
         x, place, found = _originals(index, many, at, exact, first, stop, vector, d, D, G, W)
         own = place[:, None] == column[None, :]
-        exactly = tl.dot(q, tl.trans(x.to(PRODUCT)), input_precision=PRECISION)
-        put = tl.dot(exactly, own.to(tl.float32), input_precision="tf32x3")
+        put = tl.dot(times(q, tl.trans(x), WIDE), own.to(tl.float32), input_precision="tf32x3")
         products = tl.where(tl.max(own.to(tl.int32), 0)[None, :] > 0, put, products)
         at += found
         going = tl.where(found == ENTRIES, 1, 0)
@@ -94,10 +92,9 @@ def key_originals(
 @triton.jit
 def value_originals(
     sums, p, index, exact, many, at, first, stop, vector, d,
-    D: tl.constexpr, G: tl.constexpr, W: tl.constexpr, PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Sums [ROWS, DP] + p X of the originals X among the tokens, and p with zeros in their places.
+    """Sums [ROWS, DP] + p X of the originals X, p [ROWS, TILE], and p with zeros in their places.
 
     Arguments as above. Returns also how many lie before the next tile.
     """
@@ -106,8 +103,8 @@ def value_originals(
     while going > 0:
         x, place, found = _originals(index, many, at, exact, first, stop, vector, d, D, G, W)
         own = place[:, None] == column[None, :]
-        taken = tl.dot(p, tl.trans(own.to(tl.float32)), input_precision="tf32x3")
-        sums = tl.dot(taken.to(PRODUCT), x.to(PRODUCT), sums, input_precision=PRECISION)
+        taken = tl.dot(tall(p), tl.trans(own.to(tl.float16)))  # as much of p as float16 twice is
+        sums += flat(times(tall(flat(taken)), x, WIDE))
         p = tl.where(tl.max(own.to(tl.int32), 0)[None, :] > 0, 0.0, p)
         at += found
         going = tl.where(found == ENTRIES, 1, 0)
@@ -132,4 +129,4 @@ def _originals(
         mask=own[:, None] & (d < D)[None, :],
         other=0.0,
     )
-    return x, tl.where(own, key // G - first, -1), tl.sum(inside.to(tl.int32), 0)
+    return x.to(tl.float32), tl.where(own, key // G - first, -1), tl.sum(inside.to(tl.int32), 0)

@@ -1,9 +1,7 @@
-"""How K or V is handed to the kernel of `attend_coded`: which of its ways, and where it lies."""
+"""How K or V is handed to the kernels of `attend_coded`: where it lies, and what takes it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from math import gcd
 from typing import Any
 
 import torch
@@ -14,25 +12,9 @@ from kvc.ops.past import Layout
 from kvc.ops.quant import Role
 from kvc.ops.scales import Dual
 
-WIDTH = 8  # columns of a matrix at least, and half words of a row
-
-
-@dataclass(frozen=True)
-class Form:
-    """One of the kernel's ways to read K or V, in the names of its constants.
-
-    Of K: `channels` folds steps into q, `groups` into products of some channels, `elements` and
-    `rows` decode in registers, a step for an element. Of V: `groups` folds steps into p, `dual`
-    also into sums, `elements` decodes. Of both: `dense` takes directions that are not coded.
-    """
-
-    form: str
-    bits: int = 16
-    group: int = 0  # channels that a part, or V's parts of one group, take up
-    span: int = 0  # tokens of K's steps, or of two-sided scales, 0 for a block's; else channels
-    parts: int = 1
-    n: int = 0  # width of a part
-    all: bool = False  # heads share steps
+NARROW = 16  # columns of a sum of values at least
+WIDE = 128  # channels, and columns of all sums of values; more do not fit into registers
+RANK = 16  # of a low-rank fit whose columns fit into registers
 
 
 def shape(layout: Layout) -> tuple[int, int, int, int, int]:
@@ -46,7 +28,7 @@ def shape(layout: Layout) -> tuple[int, int, int, int, int]:
 
 
 def why_not(layout: Layout | None, who: Role) -> str | None:
-    """Why the kernel cannot take K (`k`) or V (`v`) that lies so, or None."""
+    """Why no kernel can take K (`k`) or V (`v`) that lies so, or None."""
     if layout is None:
         return f"takes {who} that lies in one way"
     if layout.dense is not None:
@@ -54,13 +36,11 @@ def why_not(layout: Layout | None, who: Role) -> str | None:
     if len(layout.runs) != 1:
         return f"takes one run of {who} at a time, not {len(layout.runs)}"
     spec, code = layout.runs[0].spec, layout.runs[0].code
+    D = spec.head_dim
+    if D > 128 and (isinstance(code.d, Dual) or code.s):  # do not fit into registers
+        return f"takes outliers and two-sided scales of up to 128 channels, not of {D}"
     if spec.role != who and (isinstance(code.d, Dual) or code.l or code.s):
         return f"takes {who} in rows with steps alone"
-    per = 16 // spec.bits
-    if spec.role == "v" and not isinstance(code.d, Dual) and _group(spec) % per:
-        return f"takes groups of {per} channels or a multiple, not of {spec.group_size}"
-    if isinstance(code.d, Dual) and spec.n > spec.tile and spec.tile % 64:
-        return f"takes two-sided scales of 64 tokens or a multiple, not of {spec.tile}"
     return None
 
 
@@ -80,46 +60,50 @@ def sparse(layout: Layout) -> bool:
     return layout.index is not None or bool(layout.runs and layout.runs[0].code.s is not None)
 
 
-def tile(layouts: tuple[Layout, Layout], size: int) -> int:
-    """Tokens that a program takes at a time, at most `size`: they share the steps of a channel."""
-    for spec in (layout.runs[0].spec for layout in layouts if layout.dense is None):
-        if spec.scales and spec.n > spec.tile:
-            size = gcd(size, spec.tile)
-        elif spec.role == "k" and spec.backbone == "kivi" and spec.n > spec.group_size:
-            share = gcd(size, spec.group_size)
-            size = share if share * spec.bits >= WIDTH * 16 else size  # else steps of elements
-    return size
+def fits(k: Layout, v: Layout) -> bool:
+    """Whether there is a low-rank fit."""
+    return any(x.runs[0].code.l is not None for x in (k, v))
 
 
-def of(layout: Layout, who: Role, size: int, turned: bool) -> Form:
-    """The way to read K or V in tiles of `size` tokens."""
-    D = shape(layout)[2]
-    if layout.dense is not None:
-        return Form("dense", group=D, n=width(D))
-    spec = layout.runs[0].spec
-    bits, per, group = spec.bits, 16 // spec.bits, _group(spec)
-    whole = spec.n <= (spec.tile if spec.scales else spec.group_size)
-    least = 16 if turned or who == "k" else WIDTH
-    words = power(D // per, least)
-    if who == "v":
-        if spec.scales:
-            return Form("dual", bits, D, 0 if whole else spec.tile, per, words)
-        own = power(group // per, least)
-        # wider sums than that, and wider tokens, are shared out to warps by all their channels
-        if D <= 128 and D // group * own * per <= 2 * width(D):
-            shared = spec.backbone == "kcvt"
-            return Form("groups", bits, group, group, D // group * per, own, shared)
-        return Form("elements", bits, D, group, per, words)
-    if spec.role == "v":
-        return Form("rows", bits, D, group, per, words, spec.backbone == "kcvt")
-    if spec.backbone == "token" and not spec.scales:
-        return Form("groups", bits, group, group, D // group, power(group, 16))
-    channels = Form("channels", bits, D, 0, 1, width(D))
-    if spec.scales or spec.backbone == "kcvt" or whole:
-        span = spec.tile if spec.scales and not whole else 0
-        return replace(channels, span=span)
-    form = "elements" if spec.group_size % size else "channels"
-    return replace(channels, form=form, span=spec.group_size)
+def fold_tile(k: Layout, v: Layout) -> int:
+    """Tokens of a tile whose steps can be folded; 0 if they cannot.
+
+    A tile has eight half words of each channel of K, or more, and shares the channel's step.
+    """
+    for layout in (k, v):
+        if layout.dense is not None or sparse(layout) or layout.norm is not None:
+            return 0
+        if layout.gain != 1 or layout.runs[0].spec.scales:
+            return 0
+        fit = layout.runs[0].code.l
+        if fit is not None and fit.a.shape[-1] > RANK:
+            return 0
+    of_k, of_v = k.runs[0].spec, v.runs[0].spec
+    if fits(k, v) and of_k.bits == 2 and of_k.head_dim > 64:
+        return 0  # does not fit into registers
+    if of_k.role != "k" or of_v.role != "v" or _group(of_v) % (16 // of_v.bits):
+        return 0
+    D = of_v.head_dim
+    groups = D // _group(of_v)
+    if D > WIDE or -(-groups // 2) * (16 // of_v.bits) * sum_width(of_v) > WIDE:
+        return 0
+    least = 128 // of_k.bits
+    alone = k.runs[0].n == 1 and not fits(k, v)  # what else there is to read takes up registers
+    tile = 2 * least if alone and of_k.bits > 2 and of_k.backbone != "token" else least
+    if of_k.backbone == "token":
+        group = of_k.group_size
+        return tile if group >= 16 and group == triton.next_power_of_2(group) else 0
+    if of_k.backbone == "kivi" and of_k.n > of_k.group_size:
+        while of_k.group_size % tile:
+            tile //= 2
+    return tile if tile >= least else 0
+
+
+def sum_width(spec: Spec) -> int:
+    """Columns of a sum of values: half words of two groups, or of one where that is all."""
+    group = _group(spec)
+    words = min(2, spec.head_dim // group) * group // (16 // spec.bits)
+    return max(NARROW, int(triton.next_power_of_2(words)))
 
 
 def _group(spec: Spec) -> int:
@@ -127,59 +111,86 @@ def _group(spec: Spec) -> int:
     return spec.head_dim if spec.backbone == "kcvt" else spec.group_size
 
 
-def power(n: int, least: int) -> int:
-    """The power of two from n on, and from `least`."""
-    return max(least, int(triton.next_power_of_2(n)))
-
-
-def width(D: int) -> int:
-    """Channels in registers."""
-    return power(D, 16)
-
-
 def half_words(n: int, bits: int) -> int:
     """Half words of a row of n codes."""
     return -(-n * bits // 32) * 2
 
 
-def arguments(layout: Layout, form: Form, who: Role) -> dict[str, Any]:
-    """What the kernel is given of K or V, by the names of its arguments."""
+def _prefixed(given: dict[str, Any], who: Role) -> dict[str, Any]:
+    """Arguments by their names in a kernel."""
+    prefix = {True: who, False: who.upper()}
+    return {f"{prefix[name.islower()]}_{name}": x for name, x in given.items()}
+
+
+def _common(layout: Layout) -> dict[str, Any]:
+    """What both kernels are given of a run."""
+    code = layout.runs[0].code
+    d, fit = code.d, code.l
+    given = {"step": d.step, "low": d.low, "a": fit and fit.a, "c": fit and fit.c}
+    found = {name: None if x is None else x.contiguous() for name, x in given.items()}
+    return {
+        **found,
+        "codes": d.codes.contiguous().view(torch.int16),
+        "RANK": 0 if fit is None else fit.a.shape[-1],
+        "BITS": layout.runs[0].spec.bits,
+    }
+
+
+def folded(layout: Layout, who: Role) -> dict[str, Any]:
+    """What `attend_folded_kernel` is given of K or V, by the names of its arguments."""
+    given, spec = _common(layout), layout.runs[0].spec
+    if who == "k":
+        given |= {"GROUP": spec.group_size if spec.backbone == "token" else 0}
+        given |= {"SPAN": spec.group_size if spec.backbone == "kivi" else 0}
+    else:
+        given |= {"GROUP": _group(spec), "ALL": spec.backbone == "kcvt", "N": sum_width(spec)}
+    return _prefixed(given, who)
+
+
+def decoded(layout: Layout, who: Role) -> dict[str, Any]:
+    """What `attend_decoded_kernel` is given of K or V, by the names of its arguments."""
     _, H, D, _, _ = shape(layout)
     given: dict[str, Any] = dict.fromkeys(
-        ("codes", "step", "low", "mu", "c", "r", "fit_a", "fit_c", "index", "delta", "norm",
+        ("codes", "step", "low", "mu", "factor", "r", "a", "c", "index", "delta", "norm",
          "places", "exact"),
     )  # fmt: skip
     given |= {"b": 0, "h": 0, "t": 0, "norm_b": 0, "norm_h": 0, "many": 0, "kept": 0}
-    given |= {"gain": None if layout.gain == 1 else layout.gain, "RANK": 0, "VECTORS": 1, "W": D}
-    given |= {"FORM": form.form, "BITS": form.bits, "GROUP": form.group, "SPAN": form.span}
-    given |= {"PARTS": form.parts, "N": form.n, "ALL": form.all}
+    given |= {"gain": None if layout.gain == 1 else layout.gain, "VECTORS": 1, "WIDTH": D}
     if layout.dense is not None:
         x = _last(layout.dense)
         given |= {"codes": x, "b": x.stride(0), "h": x.stride(1), "t": x.stride(2)}
+        given |= {"BITS": 0, "ACROSS": False, "TOKENS": 1, "CHANNELS": D, "ALL": False, "RANK": 0}
     else:
+        given |= _common(layout) | _steps(layout.runs[0].spec)
         code = layout.runs[0].code
-        d, fit, far = code.d, code.l, code.s
-        given |= {"codes": d.codes.contiguous().view(torch.int16), "step": d.step, "low": d.low}
-        if isinstance(d, Dual):
-            given |= {"mu": d.mu, "c": d.c, "r": d.r}
-        if fit is not None:
-            given |= {"fit_a": fit.a, "fit_c": fit.c, "RANK": fit.a.shape[-1]}
-        if far is not None:
-            given |= {"index": far.index, "delta": far.delta, "many": far.index.shape[-1]}
+        if isinstance(code.d, Dual):
+            given |= {"mu": code.d.mu, "factor": code.d.c, "r": code.d.r}
+        if code.s is not None:
+            given |= {"index": code.s.index, "delta": code.s.delta}
+            given["many"] = code.s.index.shape[-1]
     if layout.norm is not None:
         norm = _last(layout.norm)
         given |= {"norm": norm, "norm_b": norm.stride(0)}
         given["norm_h"] = norm.stride(1) if norm.shape[1] > 1 else 0
     if layout.index is not None and layout.exact is not None:
         given |= {"places": layout.index, "exact": layout.exact, "kept": layout.index.shape[1]}
-        given["W"] = layout.exact.shape[2]
-        given["VECTORS"] = 1 if given["W"] > D else H
-    own = ("codes", "norm")  # these may have strides
-    for name, x in given.items():
-        if isinstance(x, torch.Tensor) and name not in own:
-            given[name] = x.contiguous()
-    prefix = {True: who, False: who.upper()}
-    return {f"{prefix[name.islower()]}_{name}": x for name, x in given.items()}
+        given["WIDTH"] = layout.exact.shape[2]
+        given["VECTORS"] = 1 if given["WIDTH"] > D else H
+    for name in ("mu", "factor", "r", "index", "delta", "places", "exact"):
+        given[name] = None if given[name] is None else given[name].contiguous()
+    return _prefixed(given, who)
+
+
+def _steps(spec: Spec) -> dict[str, Any]:
+    """Which codes share a half word, and which a step."""
+    tokens, channels = 1, _group(spec)
+    if spec.scales:
+        tokens, channels = 0 if spec.n <= spec.tile else spec.tile, 1
+    elif spec.role == "k" and spec.backbone != "token":
+        whole = spec.backbone == "kcvt" or spec.n <= spec.group_size
+        tokens, channels = 0 if whole else spec.group_size, 1
+    every = spec.backbone == "kcvt" and spec.role == "v" and not spec.scales
+    return {"ACROSS": spec.role == "k", "TOKENS": tokens, "CHANNELS": channels, "ALL": every}
 
 
 def _last(x: torch.Tensor) -> torch.Tensor:

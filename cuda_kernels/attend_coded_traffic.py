@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from kvc.cuda_kernels import attend_coded_form as form
-from kvc.cuda_kernels.attend_coded import Plan, plan
+from kvc.cuda_kernels.attend_coded import Plan, least, plan
 from kvc.cuda_kernels.launch import Traffic
-from kvc.ops.codec import arrays
 from kvc.ops.past import Layout
 from kvc.ops.quant import Role
+from kvc.ops.scales import Dual
 
 
 def traffic(q: torch.Tensor, k: Layout, v: Layout, valid: bool = False) -> Traffic:
@@ -21,28 +21,18 @@ def traffic(q: torch.Tensor, k: Layout, v: Layout, valid: bool = False) -> Traff
     """
     made = plan(q, k, v)
     B, H, D, n, blocks = form.shape(k)
-    queries, answer = _bytes(q), q[..., 0].numel() * (D + 1) * 4
+    queries = q.numel() * q.element_size()
+    answer = q[..., 0].numel() * (D + 1) * 4
     mask = B * H * n * blocks if valid else 0
     touched = made.splits * (queries + answer) + made.tiles * mask
-    least = queries + answer + mask
+    given = form.folded(k, "k") if made.folds else {}
     turned = bool(form.turned(k))
-    own = form.of(k, "k", made.config.tile, turned)
-    if own.parts > 1 or turned:  # parts of q are read by themselves
-        touched += made.splits * queries * (own.parts if turned else 1)
+    if given.get("K_GROUP"):  # parts of q are read by themselves
+        touched += made.splits * queries * (D // given["K_GROUP"] if turned else 1)
+    if turned:
+        touched += made.splits * queries
     touched += made.tiles * (_touched(k, "k", made) + _touched(v, "v", made))
-    return Traffic(touched, least + _least(k) + _least(v))
-
-
-def _bytes(*arrays: torch.Tensor | None) -> int:
-    return sum(x.numel() * x.element_size() for x in arrays if x is not None)
-
-
-def _least(layout: Layout) -> int:
-    """Every array once."""
-    if layout.dense is not None:
-        return _bytes(layout.dense, layout.norm)
-    run = layout.runs[0]
-    return _bytes(layout.norm) + sum(_bytes(x[: run.n]) for _, x in arrays(run.code))
+    return Traffic(touched, queries + answer + mask + least(k) + least(v))
 
 
 def _touched(layout: Layout, who: Role, made: Plan) -> int:
@@ -52,29 +42,46 @@ def _touched(layout: Layout, who: Role, made: Plan) -> int:
     if layout.norm is not None:
         found += B * H * n * blocks * layout.norm.element_size()
     if layout.dense is not None:
-        return found + _bytes(layout.dense)
-    code: Any = layout.runs[0].code
-    d, size = code.d, made.config.tile
-    own = form.of(layout, who, size, bool(form.turned(layout)))
+        return found + layout.dense.numel() * layout.dense.element_size()
+    size = made.config.tile
     per_block = -(-n // size)
     count = per_block * blocks
-    starts = range(0, count, made.span)
-    # a block that several programs have parts of is begun by each of them
-    begun = sum(-(-min(at + made.span, count) // per_block) - at // per_block for at in starts)
-    found += _bytes(d.codes[:blocks])
-    scales = [x for x in (d.step, d.low, *d[1:3]) if x is not None] if hasattr(d, "r") else d[1:]
-    each = sum(x.element_size() for x in scales)  # of a channel or group
-    if hasattr(d, "r"):
-        found += _bytes(d.r[:blocks])
-    if own.form in ("channels", "dual"):
-        once = own.form == "channels" and not own.span
-        found += B * H * D * each * (begun if once else count)
-    elif who == "k" and own.form == "elements":
-        groups = len({token // own.span for token in range(size)})
-        found += B * H * D * each * count * groups * (16 // own.bits)
+    share = made.splits * max(1, made.teams)
+    span = -(-count // share) * max(1, made.teams)
+    edges = [(at, min(at + span, count)) for at in range(0, count, span)]
+    # a block that several programs have parts of is begun by each of them, and by all of its teams
+    begun = sum(-(-stop // per_block) - at // per_block for at, stop in edges)
+    code: Any = layout.runs[0].code
+    d, fit = code.d, code.l
+    found += sum(_bytes(x[:blocks]) for x in (d.codes, getattr(d, "r", None)) if x is not None)
+    scales = d[1:]
+    if isinstance(d, Dual):
+        scales = [x for x in (d.mu, d.c, d.step, d.low) if x is not None]
+    each = sum(x.element_size() for x in scales)  # of a group
+    given = form.decoded(layout, who)
+    tokens, channels = given[f"{who.upper()}_TOKENS"], given[f"{who.upper()}_CHANNELS"]
+    if tokens == 1:
+        found += B * H * n * blocks * (D // channels) * each
+    elif not tokens:
+        found += B * H * D * each * begun
+    elif tokens % size:  # a step for an element
+        found += B * H * D * each * count * len({i // tokens for i in range(size)})
     else:
-        found += B * H * n * blocks * (D // own.span) * each
-    if code.l is not None:
-        a, c = code.l
-        found += _bytes(a[:blocks]) + begun * _bytes(c[0])
+        # teams read at once what they share; what is decoded is read a stretch of steps at a time
+        rounds = edges
+        if made.folds:
+            rounds = [
+                (x, min(x + made.teams, stop))
+                for at, stop in edges
+                for x in range(at, stop, made.teams)
+            ]
+        shared = sum((b - 1) * size // tokens - a * size // tokens + 1 for a, b in rounds)
+        found += B * H * D * each * shared
+    if fit is not None:
+        found += _bytes(fit.a[:blocks])
+        found += begun * _bytes(fit.c[0])
     return found
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from kvc.cuda_kernels import attend_coded_form as form
-from kvc.cuda_kernels.attend_coded import TABLE, arguments, plan
-from kvc.cuda_kernels.attend_coded_kernel import attend_coded_kernel
+from kvc.cuda_kernels.attend_coded import arguments, kernel, plan
 from kvc.cuda_kernels.launch import Variant
 from kvc.ops.codec import Code, Spec
 from kvc.ops.past import Layout
@@ -84,42 +83,60 @@ def layouts(
 
 
 def variants() -> Iterator[Variant]:
-    """Every row of the table, and the other codecs."""
+    """What is folded: widths, bits, long blocks and short ones, and low-rank fits; and the rest."""
     half, full = torch.bfloat16, torch.float32
-    for of_device in TABLE.values():
-        for D, bits in of_device:
-            for n, rank in ((8192, 0), (64, 0), (8192, 4), (64, 2)):
-                pair = layouts("kivi", bits, n, 2, D, half, rank=rank)
+    for D in (64, 128):
+        for bits in (2, 4, 8):
+            for n, blocks, rank in ((8192, 1, 0), (8192, 1, 4), (64, 128, 0), (64, 128, 2)):
+                pair = layouts("kivi", bits, n, blocks, D, half, rank=rank)
                 yield _variant(f"kivi{bits}-D{D}-n{n}-rank{rank}", pair, D, half)
+    yield _variant("kcvt4", layouts("kcvt", 4, 8180, 1, 128, half), 128, half)
+    yield _variant("kcvt2-short", layouts("kcvt", 2, 20, 400, 128, half), 128, half)
+    yield _variant("token4", layouts("token", 4, 8180, 1, 128, half), 128, half)
+    pair = layouts("kivi", 4, 8192, 1, 128, half, rank=2)
+    yield _variant("kivi4-all", pair, 128, half, more=True)
     for name, dtype in (("bf16", half), ("fp32", full)):
-        yield _variant(f"kcvt4-{name}", layouts("kcvt", 4, 8180, 1, 128, dtype), 128, dtype)
-        yield _variant(f"token4-{name}", layouts("token", 4, 8180, 1, 128, dtype), 128, dtype)
-        pair = layouts("token", 4, 400, 1, 128, dtype, kept=True)
-        yield _variant(f"token4-rows-{name}", pair, 128, dtype)
-        pair = layouts("kivi", 2, 8192, 1, 128, dtype, rank=4, far=80)
-        yield _variant(f"outliers2-{name}", pair, 128, dtype)
+        for bits in (2, 8):
+            pair = layouts("kivi", bits, 8192, 1, 128, dtype, rank=4, far=80)
+            yield _variant(f"outliers{bits}-{name}", pair, 128, dtype, more=True)
         for bits in (2, 4):
             pair = layouts("kivi", bits, 1024, 1, 128, dtype, rank=2, scales="dual")
             yield _variant(f"dual{bits}-{name}", pair, 128, dtype)
-        dense = torch.empty((1, 8, 8192, 128), dtype=dtype, device="meta")
-        yield _variant(f"dense-{name}", (Layout(dense=dense),) * 2, 128, dtype)
-    yield _variant("kivi4-fp32", layouts("kivi", 4, 8192, 1, 128, full), 128, full)
-    pair = layouts("kivi", 4, 8192, 1, 128, half)
-    yield _variant("kivi4-rows32", pair, 128, half, L=8)
+        for D in (128, 256):
+            pair = layouts("token", 4, 400, 1, D, dtype, kept=True)
+            yield _variant(f"kept4-D{D}-{name}", pair, D, dtype, more=True)
+            dense = torch.empty((1, 8, 8192, D), dtype=dtype, device="meta")
+            norm = torch.empty((1, 8, 8192), dtype=dtype, device="meta")
+            index = torch.empty((1, 80), dtype=torch.int32, device="meta")
+            exact = torch.empty((1, 80, D), dtype=dtype, device="meta")
+            merged = Layout(dense=dense, norm=norm, index=index, exact=exact)
+            yield _variant(f"merged-D{D}-{name}", (merged, merged), D, dtype)
+        pair = layouts("kivi", 4, 8192, 1, 256, dtype, rank=4)
+        yield _variant(f"kivi4-D256-{name}", pair, 256, dtype, more=True)
 
 
 def _variant(
-    name: str, pair: tuple[Layout, Layout], D: int, dtype: torch.dtype, L: int = 1
+    name: str, pair: tuple[Layout, Layout], D: int, dtype: torch.dtype, more: bool = False
 ) -> Variant:
-    """The kernel for four query heads per head."""
-    q = torch.empty((1, 4 * form.shape(pair[0])[1], L, D), dtype=dtype, device="meta")
+    """The kernel for four query heads per head; with `more` also a mask, a softcap and a length."""
+
+    def empty(*shape: int, type: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=type, device="meta")
+
+    B, H, _, n, blocks = form.shape(pair[0])
+    q = empty(B, 4 * H, 1, D, type=dtype)
     made = plan(q, *pair)
-    given = arguments(q, *pair, made, 1.0, None, None)
-    wide = torch.empty(0, dtype=torch.float32, device="meta")
-    given |= {"out": wide, "lse": wide, "PACKED": True}
+    valid = empty(B, H, n * blocks, type=torch.bool) if more else None
+    length = empty(1, type=torch.int32) if more else None
+    given = arguments(q, *pair, made, 1.0, 30.0 if more else None, valid, length)
+    wide = empty(0, type=torch.float32)
+    given |= {"out": wide, "lse": wide}
+    if made.folds:
+        given["PACKED"] = True
     signature, constants = {}, {}
-    loose = {p.name for p in attend_coded_kernel.params if p.do_not_specialize}
-    for p in attend_coded_kernel.params:
+    function = kernel(made)
+    loose = {p.name for p in function.params if p.do_not_specialize}
+    for p in function.params:
         x = given[p.name]
         if p.is_constexpr or x is None:
             constants[p.name] = x
@@ -131,6 +148,4 @@ def _variant(
             known = x % 16 == 0 and p.name not in loose
             signature[p.name] = "i32:16" if known else "i32"
     config = made.config
-    return Variant(
-        name, attend_coded_kernel, signature, constants, config.num_warps, config.num_stages
-    )
+    return Variant(name, function, signature, constants, config.num_warps, config.num_stages)
