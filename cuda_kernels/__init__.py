@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 FUSED = frozenset(
     {
+        "attend_coded",
         "attend_dense",
         "attend_state",
         "attention_mass",

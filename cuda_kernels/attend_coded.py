@@ -36,7 +36,8 @@ SPARE = 40  # a split's own bytes are at most this part of those of tokens
 # By compute capability: warps, which have tiles of their own, and tiles on their way at a time.
 TEAMS: dict[int, tuple[int, int]] = {80: (8, 2)}
 FEW = 2  # warps where blocks are of few tiles, and many
-# By compute capability, of tokens that are decoded: up to 128 channels, and more or with outliers.
+# By compute capability, of tokens that are decoded: plain ones, and those with more than 128
+# channels, outliers, fits, or two-sided scales.
 TABLE: dict[int, tuple[Config, Config]] = {80: (Config(32, 8, 1), Config(16, 8, 1))}
 
 
@@ -185,9 +186,10 @@ def plan(q: torch.Tensor, k: Layout, v: Layout) -> Plan:
         few = blocks > 1 and per_block <= warps // 2
         flat = few and not _of_blocks(k, v)
         teams = min(FEW, per_block) if few and not flat else warps
-        config = Config(size, teams, 1 if form.fits(k, v) else stages)  # registers
+        most = form.fits(k, v) or k.runs[0].spec.bits == 8  # of registers
+        config = Config(size, teams, 1 if most else stages)
     else:
-        config = newest(TABLE, capability(q))[D > 128 or form.sparse(k) or form.sparse(v)]
+        config = newest(TABLE, capability(q))[D > 128 or form.heavy(k) or form.heavy(v)]
     count = -(-n // config.tile) * blocks
     fill = -(-FILL * 4 // (max(teams, 4) * B * H * tiles))
     own = share * (D * (q.element_size() + 4) + 4) + tiles * again(k, v) // (B * H)

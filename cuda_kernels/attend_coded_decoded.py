@@ -22,12 +22,13 @@ from kvc.ops.scales import GRID_STEP
 GRID = tl.constexpr(GRID_STEP[2])  # of two-sided scales without steps, which have two bits
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n", "stretch", "blocks", "start", "B", "k_many", "v_many", "k_kept", "v_kept",
-        "valid_b", "valid_h", "k_norm_b", "k_norm_h", "v_norm_b", "v_norm_h",
-    ]
-)  # fmt: skip
+GROWING = [
+    "n", "stretch", "blocks", "start", "B", "k_many", "v_many", "k_kept", "v_kept",
+    "valid_b", "valid_h", "k_norm_b", "k_norm_h", "v_norm_b", "v_norm_h",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=GROWING)
 def attend_decoded_kernel(
     q, valid, length, out, lse,
     k_codes, k_step, k_low, k_mu, k_factor, k_r, k_a, k_c, k_index, k_delta,
@@ -115,8 +116,9 @@ def attend_decoded_kernel(
         k_rows = (item * D + d) * k_many
         if k_index is not None:
             k_at = before(k_index + k_rows, tl.where(d < D, k_many, 0), d * 0 + begin)
-        of_k = _columns(k_c, item, d, D, K_RANK)
-        of_v = _columns(v_c, item, d, D, V_RANK)
+        if DP <= 128:
+            of_k = _columns(k_c, item, d, D, K_RANK)
+            of_v = _columns(v_c, item, d, D, V_RANK)
         for piece in tl.range(begin // stretch, (stop + stretch - 1) // stretch):
             k_of = _of_channels(
                 k_step, k_low, k_mu, k_factor, item, piece, n, d, D, TILE, K_BITS, K_TOKENS
@@ -130,6 +132,10 @@ def attend_decoded_kernel(
                 token = first + t
                 there = token < n
                 number = block * n + token
+                if DP > 128:  # more than registers hold: read from the cache again for each tile
+                    again = item + tl.minimum(first, 0)  # which the compiler does not know to be 0
+                    of_k = _columns(k_c, again, d, D, K_RANK)
+                    of_v = _columns(v_c, again, d, D, V_RANK)
                 x = _decoded(
                     k_codes, k_step, k_low, k_r, k_a, k_of, of_k, k_t, item, whole, n,
                     token[None, :], d[:, None], there[None, :], 1, D, TILE, K_BITS, K_ACROSS,

@@ -43,7 +43,10 @@ from kvc.cuda_kernels.softmax import LN2, scores_of
 SMALL = tl.constexpr(2.0**-100)  # the unit of sums of nothing
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "B", "valid_b", "valid_h"])
+GROWING = ["n", "blocks", "B", "valid_b", "valid_h"]
+
+
+@triton.jit(do_not_specialize=GROWING)
 def attend_folded_kernel(
     q, valid, length, out, lse,
     k_codes, k_step, k_low, k_a, k_c, v_codes, v_step, v_low, v_a, v_c,
@@ -195,6 +198,9 @@ def attend_folded_kernel(
                 sums, size, of_a, v_c, item * (D * V_RANK), every, D, V_GROUP, V_BITS, V_N, V_RANK
             )
 
+    if DP > 64:  # found anew, as registers are short: the compiler does not know that 0 is added
+        row = tl.arange(0, ROWS) + tl.minimum(count, 0)
+        mine = top_row + row < SHARE
     at = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // tiles * SHARE)
     at += head * SHARE + top_row + row
     best = tl.max(top, 0)

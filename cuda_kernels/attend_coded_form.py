@@ -14,7 +14,8 @@ from kvc.ops.scales import Dual
 
 NARROW = 16  # columns of a sum of values at least
 WIDE = 128  # channels, and columns of all sums of values; more do not fit into registers
-RANK = 16  # of a low-rank fit whose columns fit into registers
+RANK = 16  # of a low-rank fit that fits into registers beside what is folded
+RANKS = {2: 0, 4: 2, 8: RANK}  # the same by bits, beside more than 64 channels
 
 
 def shape(layout: Layout) -> tuple[int, int, int, int, int]:
@@ -65,6 +66,12 @@ def fits(k: Layout, v: Layout) -> bool:
     return any(x.runs[0].code.l is not None for x in (k, v))
 
 
+def heavy(layout: Layout) -> bool:
+    """Whether more goes with a token than its codes and their steps."""
+    coded = bool(layout.runs) and layout.runs[0]
+    return sparse(layout) or bool(coded and (coded.spec.scales or coded.code.l is not None))
+
+
 def fold_tile(k: Layout, v: Layout) -> int:
     """Tokens of a tile whose steps can be folded; 0 if they cannot.
 
@@ -75,12 +82,11 @@ def fold_tile(k: Layout, v: Layout) -> int:
             return 0
         if layout.gain != 1 or layout.runs[0].spec.scales:
             return 0
-        fit = layout.runs[0].code.l
-        if fit is not None and fit.a.shape[-1] > RANK:
+        spec, fit = layout.runs[0].spec, layout.runs[0].code.l
+        most = RANK if spec.head_dim <= 64 else RANKS[spec.bits]
+        if fit is not None and fit.a.shape[-1] > most:
             return 0
     of_k, of_v = k.runs[0].spec, v.runs[0].spec
-    if fits(k, v) and of_k.bits == 2 and of_k.head_dim > 64:
-        return 0  # does not fit into registers
     if of_k.role != "k" or of_v.role != "v" or _group(of_v) % (16 // of_v.bits):
         return 0
     D = of_v.head_dim

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from kvc.cuda_kernels import attend_coded_decoded as decoded
+from kvc.cuda_kernels import attend_coded_folded as folded
 from kvc.cuda_kernels import attend_coded_form as form
 from kvc.cuda_kernels.attend_coded import arguments, kernel, plan
 from kvc.cuda_kernels.launch import Variant
@@ -135,17 +138,17 @@ def _variant(
         given["PACKED"] = True
     signature, constants = {}, {}
     function = kernel(made)
-    loose = {p.name for p in function.params if p.do_not_specialize}
-    for p in function.params:
-        x = given[p.name]
-        if p.is_constexpr or x is None:
-            constants[p.name] = x
+    growing = (folded if made.folds else decoded).GROWING
+    for argument, p in inspect.signature(function.fn).parameters.items():
+        x = given[argument]
+        if p.annotation == "tl.constexpr" or x is None:
+            constants[argument] = x
         elif isinstance(x, torch.Tensor):
-            signature[p.name] = TYPES[x.dtype]
+            signature[argument] = TYPES[x.dtype]
         elif isinstance(x, float):
-            signature[p.name] = "fp32"
+            signature[argument] = "fp32"
         else:
-            known = x % 16 == 0 and p.name not in loose
-            signature[p.name] = "i32:16" if known else "i32"
+            known = x % 16 == 0 and argument not in growing
+            signature[argument] = "i32:16" if known else "i32"
     config = made.config
     return Variant(name, function, signature, constants, config.num_warps, config.num_stages)
