@@ -16,8 +16,10 @@ from kvc.backends.torch.engine import load  # noqa: E402
 from kvc.backends.torch.graph import Steps, route, why_not  # noqa: E402
 from kvc.errors import ConfigError  # noqa: E402
 from kvc.methods import parse  # noqa: E402
+from kvc.ops.dispatch import mode  # noqa: E402
 from kvc.store import coded  # noqa: E402
 from tests.recording import Recorder, Waits  # noqa: E402
+from tests.triton_device import kernels, on_gpu  # noqa: E402
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("kivi", {}),
@@ -249,3 +251,20 @@ def test_a_step_waits_for_nothing(model: Any, method: str) -> None:
     with torch.no_grad(), Waits():
         for _ in range(3):
             model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.skipif(on_gpu(), reason="the interpreter's launches are recorded")
+def test_kernels_are_replayed(model: Any) -> None:
+    ids, mask = prompt(1)
+    given = {"rank": 2, "n_iter": 1}
+    want = run(model, cache_of(model, "gear-l", given), ids, mask, 7)
+    cache = cache_of(model, "gear-l", given)
+    recorder = graphed(model, cache)
+    with kernels(), mode("fused"):
+        got = run(model, cache, ids, mask, 7)
+    assert got.sequences.tolist() == want.sequences.tolist()
+    assert recorder.replayed >= 3
+    launched = [
+        args for run_, args, _, _ in recorder.recorded[-1].noted if not hasattr(run_, "_schema")
+    ]
+    assert len(launched) >= 2 * model.config.num_hidden_layers  # codes, and the window

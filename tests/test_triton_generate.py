@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,14 +59,6 @@ METHODS = {
 }
 
 
-@contextmanager
-def taken() -> Iterator[None]:
-    """Attention over codes is taken too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kvc.cuda_kernels, "FUSED", kvc.cuda_kernels.FUSED | {"attend_coded"})
-        yield
-
-
 @pytest.fixture(scope="module")
 def engine() -> Any:
     need("torch")
@@ -96,7 +86,7 @@ def test_kernels_write_what_definitions_write(engine: Any, name: str, case: Case
     with mode("reference"):
         want, nbytes, _ = write(engine, name, case)
     # CPython asks for memory again and again at some depths of calls; a thread begins at none
-    with kernels(), taken(), mode("fused"), ThreadPoolExecutor(1) as thread:
+    with kernels(), mode("fused"), ThreadPoolExecutor(1) as thread:
         got, held, made = thread.submit(write, engine, name, case).result()
     assert got == want
     assert held == nbytes
