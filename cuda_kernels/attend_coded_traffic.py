@@ -79,7 +79,7 @@ def _touched(layout: Layout, who: Role, made: Plan) -> int:
         found += B * H * D * each * shared
     if fit is not None:
         found += _bytes(fit.a[:blocks])
-        found += begun * _bytes(fit.c[0])
+        found += (count if D > 128 else begun) * _bytes(fit.c[0])  # the many for each tile
     return found
 
 

@@ -154,6 +154,7 @@ def test_a_launch_moves_hardly_more_than_it_must(name: str, bits: int) -> None:
         Case("token", (), (90,), G=4),
         Case("gear2", (), (128,) * 2, G=4),
         Case("token", (), (40,), "kept", G=4),
+        Case("gear-l", (("bits", 4), ("rank", 4)), (64,) * 2, H=1, G=2, D=256),
     ],
     ids=lambda case: case.id,
 )
