@@ -10,8 +10,8 @@ find no spills in it. `--dry-run` does it at tiny sizes, with TRITON_INTERPRET=1
 from __future__ import annotations
 
 import itertools
-import math
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -25,7 +25,7 @@ import torch
 from benchmarks.races.device import Device
 from benchmarks.races.inputs import coded
 from benchmarks.races.lab import interpreted
-from benchmarks.races.rows import PACKAGES, Rows, read
+from benchmarks.races.rows import PACKAGES, Row, Rows, read
 from kvc.cuda_kernels import attend_coded, attend_dense
 from kvc.cuda_kernels.launch import Config, capability, newest
 from kvc.measure.provenance import commit, versions
@@ -34,7 +34,8 @@ from kvc.ops.dispatch import mode
 
 RESULTS = Path(__file__).with_name("results") / "configs.jsonl"
 TILES, WARPS, STAGES = (16, 32, 64, 128), (2, 4, 8, 16), (1, 2, 3, 4)
-HEADS, QUERY_HEADS = 8, 32
+HEADS, QUERY_HEADS, WIDTH = 8, 32, 128
+BLOCK = 128  # tokens, of which prompts are whole numbers
 SIZES = ((1, 32768), (16, 8192), (64, 4096))  # batch and tokens
 DRY = ((1, 200),)
 
@@ -85,37 +86,42 @@ def of_dense(device: Device) -> Iterator[Sweep]:
 
 
 def of_coded(device: Device) -> Iterator[Sweep]:
-    """Of folded codes, and of tokens that are decoded: narrow, and wide or with outliers."""
+    """Of folded codes, and of tokens that are decoded: plain ones, and those with more beside."""
     around = capability(torch.empty(0, device=device.at))
-    dtype = torch.float16 if device.name == "cpu" else torch.bfloat16
+    half = torch.float16 if device.name == "cpu" else torch.bfloat16
 
-    def calls(names: dict[str, dict[str, Any]], D: int, batch: int, n: int) -> list[Run]:
-        q, found = randn(device, dtype, batch, QUERY_HEADS, 1, D), []
-        one = randn(device, dtype, 1, HEADS, n - n % 64, D)
-        for name, settings in names.items():
-            codec = parse(name.split()[0], settings).codec
+    def calls(
+        methods: list[tuple[str, dict[str, Any]]], dtype: torch.dtype, batch: int, n: int
+    ) -> list[Run]:
+        q, found = randn(device, dtype, batch, QUERY_HEADS, 1, WIDTH), []
+        one = randn(device, dtype, 1, HEADS, n // BLOCK * BLOCK, WIDTH)
+        for method in methods:
+            codec = parse(*method).codec
             assert isinstance(codec, Gear)
             with mode("reference"):
                 k, v = coded(codec, "k", one, batch), coded(codec, "v", one, batch)
-            found.append(partial(attend_coded.run, q, k, v, D**-0.5))
+            found.append(partial(attend_coded.run, q, k, v, WIDTH**-0.5))
         return found
 
-    folded = {f"kivi {bits}": {"bits": bits} for bits in (2, 4, 8)}
-    folded |= {f"gear-l {bits}": {"bits": bits} for bits in (2, 4)}
-    teams = newest(attend_coded.TEAMS, around)
+    folded: list[tuple[str, dict[str, Any]]] = [("kivi", {"bits": bits}) for bits in (2, 4, 8)]
+    folded.append(("gear-l", {"bits": 4, "prefill_rank": 2}))
+    teams, key = attend_coded.TEAMS, oldest(attend_coded.TEAMS, around)
+    several = tuple(itertools.product(WARPS, STAGES))
+    put = partial(in_row, teams, key)
+    yield Sweep("attend_coded", "folded", teams[key], several, put, partial(calls, folded, half))
+
+    table, key = attend_coded.TABLE, oldest(attend_coded.TABLE, around)
+    few = [Config(*each) for each in itertools.product(TILES[:3], WARPS[1:], STAGES[:2])]
+    put = partial(in_row, table, key)
+    plain, heavy = table[key]
+    runs = partial(calls, [("kivi", {"bits": 4})], torch.float32)
     yield Sweep(
-        "attend_coded", "folded", teams, tuple(itertools.product(WARPS, STAGES)),
-        partial(in_row, attend_coded.TEAMS, oldest(attend_coded.TEAMS, around)),
-        partial(calls, folded, 128),
+        "attend_coded", "decoded", table[key], tuple((x, heavy) for x in few), put, runs
     )  # fmt: skip
-    table = newest(attend_coded.TABLE, around)
-    few = tuple(Config(*each) for each in itertools.product(TILES[:3], WARPS[1:], STAGES[:2]))
-    kinds = (("decoded, narrow", {"gear2": {}}), ("with outliers", {"gear": {}}))
-    for place, (row, names) in enumerate(kinds):
-        pairs = tuple((*table[:place], each, *table[place + 1 :]) for each in few)
-        key = oldest(attend_coded.TABLE, around)
-        put = partial(in_row, attend_coded.TABLE, key)
-        yield Sweep("attend_coded", row, table, pairs, put, partial(calls, names, 128))
+    runs = partial(calls, [("gear2", {}), ("gear", {}), ("gear-l", {})], half)
+    yield Sweep(
+        "attend_coded", "decoded with more", table[key], tuple((plain, x) for x in few), put, runs
+    )  # fmt: skip
 
 
 def oldest(table: Mapping[int, Any], around: int) -> int:
@@ -128,13 +134,14 @@ def in_row(table: dict[Any, Any], key: Any, candidate: Any) -> Any:
     return patch.dict(table, {key: candidate})
 
 
-def timed(device: Device, sweep: Sweep, candidate: Any, runs: list[Run]) -> list[float] | str:
-    """Milliseconds of each run with a candidate, or why there are none."""
+def timed(device: Device, sweep: Sweep, candidate: Any, runs: list[Run]) -> Row:
+    """Milliseconds of each run with a candidate and their geometric mean, or why there are none."""
     try:
         with sweep.put(candidate):
-            return [1e3 * device.sample(run, seconds=0.1, least=5, most=30).median for run in runs]
+            each = [device.sample(run, seconds=0.1, least=5, most=30).median for run in runs]
     except Exception as why:  # what a compiler refuses has many names
-        return (str(why).splitlines() or [type(why).__name__])[0]
+        return {"why": (str(why).splitlines() or [type(why).__name__])[0]}
+    return {"each_ms": [1e3 * x for x in each], "ms": 1e3 * statistics.geometric_mean(each)}
 
 
 def search(device: Device, rows: Rows, sizes: tuple[tuple[int, int], ...], few: int | None) -> None:
@@ -147,18 +154,8 @@ def search(device: Device, rows: Rows, sizes: tuple[tuple[int, int], ...], few: 
             key = f"{sweep.row}: {shown(candidate)}"
             if key in done:
                 continue
-            found = timed(device, sweep, candidate, calls)
-            row: dict[str, Any] = {"row": sweep.row, "now": candidate == sweep.now}
-            rows.write(
-                sweep.kernel,
-                key,
-                row
-                | (
-                    {"why": found}
-                    if isinstance(found, str)
-                    else {"each_ms": found, "ms": math.exp(sum(map(math.log, found)) / len(found))}
-                ),
-            )
+            row = {"row": sweep.row, "now": candidate == sweep.now}
+            rows.write(sweep.kernel, key, row | timed(device, sweep, candidate, calls))
         device.tidy()
 
 
@@ -173,7 +170,7 @@ def table(path: Path) -> Iterator[str]:
     for row in read(path):
         if "ms" in row:
             by_row.setdefault((row["race"], row["row"]), []).append(row)
-    for (kernel, name), found in by_row.items():
+    for (kernel, _), found in by_row.items():
         best = min(found, key=lambda row: row["ms"])
         now = next((row for row in found if row["now"]), best)
         gain = now["ms"] / best["ms"]

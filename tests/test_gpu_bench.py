@@ -14,14 +14,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from benchmarks import configs
 from benchmarks.gpu import main
 from benchmarks.races.correctness import ran
+from benchmarks.races.device import Device
 from benchmarks.races.plan import RACES, Options, Race, guarded, measured, starting
 from benchmarks.races.rows import Row, Rows, Task, read
 from benchmarks.races.table import tables
 from benchmarks.races.targets import targets
+from kvc.cuda_kernels.launch import Config
 from kvc.measure.speed.clock import NotRaced
 from tests.conftest import need
+from tests.triton_device import kernels, on_gpu
 
 COMMON = {"commit": "c", "versions": {"torch": "2"}, "date": "2026-01-01", "dry": False}
 MODES = {"fused", "reference", "both", "library"}
@@ -218,3 +222,22 @@ def test_pytest_is_asked_and_cut() -> None:
     slow = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('5 passed')"
     row = ran([sys.executable, "-c", slow], 6)  # a busy machine starts Python in seconds
     assert (row["passed"], row["cut"]) == (5, True)
+
+
+def test_candidates_for_a_table_are_timed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_gpu():
+        pytest.skip("kernels are interpreted on the CPU")
+    device, rows = Device("cpu"), Rows(tmp_path / "configs.jsonl", {})
+    sweep = next(configs.of_dense(device))
+    refused = sweep._replace(candidates=((64, Config(24, 4, 3)),))  # no power of two
+    monkeypatch.setattr(configs, "sweeps", lambda _: iter([refused]))
+    for _ in range(2):
+        with kernels():
+            configs.search(device, rows, ((1, 40),), 1)
+    now, other = read(rows.path)
+    assert now["now"]
+    assert now["ms"] > 0
+    assert "power of" in other["why"]
+    assert [line.count("1.000x") for line in configs.table(rows.path)] == [1]
