@@ -39,9 +39,12 @@ def row(lab: Lab) -> Row:
 def ran(command: Sequence[str], seconds: float) -> Row:
     """What a run of pytest says; one that takes longer is cut, and still says how far it came."""
     start = time.monotonic()
+    # a shell's background job ignores SIGINT, and so would what it starts
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=heard,
+    )  # fmt: skip
     try:
         said, _ = process.communicate(timeout=max(1.0, seconds))
         cut = False
