@@ -193,8 +193,8 @@ def test_methods_as_words_parse_back() -> None:
     assert read_choices(["none", "gear"], {})[0].label == "none"
     assert len(read_choices(["none", "gear"], {})) == 2
     assert read_choices(["gear"], {"bits": "4"})[1].label == "gear bits=4"
-    with_space = read_choice("kvsharer 'map=5:1, 7:3'")
-    assert read_choice(with_space.label) == with_space
+    for text in ("kvsharer 'map=5:1, 7:3'", "gear2 rotate="):  # a space; an empty value
+        assert read_choice(read_choice(text).label) == read_choice(text)
 
 
 @pytest.mark.parametrize(

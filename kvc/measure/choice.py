@@ -55,7 +55,7 @@ def read_choice(text: str, common: Mapping[str, str] | None = None) -> Choice:
     sections = {part.section for part in parse(name).parts}
     for word in words:
         key, equals, value = word.partition("=")
-        if not (key and equals and value):
+        if not (key and equals):  # a value may be empty, as in `rotate=`
             raise ConfigError(
                 f"--method {text!r}: expected settings such as bits=4 behind the name, got {word!r}"
             )
