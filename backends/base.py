@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 
@@ -147,6 +147,73 @@ class Piece:
 
     text: str
     token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a step of a batch has done for one sequence.
+
+    Attributes:
+        key: The sequence, as `Batch.add` named it.
+        kind: `prefill`: a piece of the prompt is done. `segment`: one of its segments is. `token`:
+            a token is there, the one that stops it too. `end`, `error`: nothing more will come.
+        done: Of `prefill`: tokens of the prompt up to now, of `total`.
+        index: Of `segment`: which.
+        finish: Of `end`: "stop" where a stop token came, "length" where `max_tokens` were made.
+        cache: Of `segment`: a copy of the cache up to there. Of `end`: the cache itself.
+        ids: With a cache: the tokens that it holds behind those that it came with; the last one
+            that was generated may be missing.
+        error: Of `error`: what one sequence's own work raised; all others go on.
+    """
+
+    key: int
+    kind: Literal["prefill", "segment", "token", "end", "error"]
+    done: int = 0
+    total: int = 0
+    index: int = 0
+    piece: Piece | None = None
+    finish: Literal["stop", "length"] | None = None
+    cache: Any = None
+    ids: tuple[int, ...] = ()
+    error: Exception | None = None
+
+
+class Batch(Protocol):
+    """Sequences that are generated together, one token of each per step. One thread calls it."""
+
+    batch_limit: int  # sequences that run at a time; more of them wait. 1 where none can be joined
+
+    def add(
+        self,
+        segments: Sequence[Sequence[int]],
+        cache: Any,
+        *,
+        max_tokens: int,
+        temp: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> int:
+        """Queues a prompt and returns its key.
+
+        Args:
+            segments: The prompt less what the cache holds, cut where copies of it are wanted.
+            cache: Of one row, from `make_cache` or from an `Event`; the batch owns it from now on.
+            max_tokens: How many tokens to generate at most.
+            temp: Of the samples; 0 takes the likeliest token.
+            top_p: Samples come from the likeliest tokens with this much probability together.
+            seed: Of the samples of this sequence.
+            stop_tokens: What ends it; by default the model's own.
+
+        Raises:
+            ConfigError: If there is no token in the prompt, or none may be generated.
+        """
+
+    def step(self) -> list[Event]:
+        """A piece of one prompt, or a token of every sequence, in turns; [] when all is done."""
+
+    def remove(self, key: int) -> None:
+        """Forgets a sequence at any stage; one that is gone already is no error."""
 
 
 def chunk_size(n: int, step: int) -> int:
