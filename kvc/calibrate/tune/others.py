@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from kvc.calibrate.tune.quality import Level, Quality
@@ -39,15 +40,15 @@ def others(
             continue
         kind = PRESETS[name][0]
         if kind is Less:
-            yield from _evicting(sizes, name, budget)
+            yield from evicting(sizes, name, budget)
         elif kind is not MiniCache or quality(read_choice(name), level).kl < bound:
             if sizes.of(parse(name)) <= budget:
                 yield read_choice(name)
             if kind is MiniCache:
-                yield from _merging(sizes, name, kinds, budget)
+                yield from merging(sizes, name, kinds, budget)
 
 
-def _merging(sizes: Sizes, name: str, kinds: Sequence[Kind], budget: float) -> Iterator[Choice]:
+def merging(sizes: Sizes, name: str, kinds: Sequence[Kind], budget: float) -> Iterator[Choice]:
     """Merged layers whose directions are coded, in the most bits that fit."""
     for kind in kinds:
         if kind.layout:
@@ -58,12 +59,14 @@ def _merging(sizes: Sizes, name: str, kinds: Sequence[Kind], budget: float) -> I
             yield fits
 
 
-def _evicting(sizes: Sizes, name: str, budget: float) -> Iterator[Choice]:
+def evicting(sizes: Sizes, name: str, budget: float) -> Iterator[Choice]:
     """An evicting preset that keeps as many tokens as fit, as they came and in 4 bits."""
     for text in (name, f"{name}+token"):
         few, many = (sizes.of(_keeping(text, n).method) for n in KEPT)
-        n = KEPT[0] + int((budget - few) * (KEPT[1] - KEPT[0]) / (many - few))
-        n = min(n, sizes.context)
+        token = (many - few) / (KEPT[1] - KEPT[0])
+        n = min(KEPT[0] + int((budget - few) / token), sizes.context)
+        if n > 1:  # buffers grow in steps, so that the line may end above the budget
+            n -= max(0, math.ceil((sizes.of(_keeping(text, n).method) - budget) / token))
         if n > 1 and sizes.of(_keeping(text, n).method) <= budget:
             yield _keeping(text, n)
 
