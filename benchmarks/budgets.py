@@ -38,7 +38,7 @@ RESULTS = Path(__file__).with_name("results")
 BUDGETS = (0.5, 0.25, 0.125)  # of the dense bytes
 CONTEXT, ROWS = 2048, 4  # of the text that is measured
 TUNED = (4, 2048)  # rows and tokens of the calibration text, as in `kvc tune`
-TASKS = ("bytes", "ppl", "kl", "agree")
+TASKS = ("bytes", "ppl", "kl")
 CODECS = ("kivi", "kcvt", "token", "gear-s", "gear-l", "gear", "gear2")
 EVICTING = ("streaming", "h2o", "tova", "less")
 PLAIN = {"prefill_rank": "0", "rank": "0"}
@@ -166,15 +166,14 @@ class Lab:
 
 def lines(found: list[tuple[str, list[Row]]]) -> Iterator[str]:
     """A table, the least divergence first."""
-    yield "| method | settings | bytes | divergence, nats | perplexity | same first choice |"
-    yield "|---|---|---|---|---|---|"
+    yield "| method | settings | bytes | divergence, nats | perplexity |"
+    yield "|---|---|---|---|---|"
     tasks = [(what, {row["task"]: row["result"] for row in rows}, rows[0]) for what, rows in found]
     for what, result, row in sorted(tasks, key=lambda each: each[1]["kl"]["mean"]):
         said = row["label"].partition(" ")[2] or "as preset"
         yield (
             f"| {what} | `{said}` | {100 / result['bytes']['ratio']:.2f} % "
-            f"| {result['kl']['mean']:.3g} | {result['ppl']['ppl']:.2f} "
-            f"| {100 * result['agree']['top1']:.1f} % |"
+            f"| {result['kl']['mean']:.3g} | {result['ppl']['ppl']:.2f} |"
         )
 
 

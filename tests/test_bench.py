@@ -148,6 +148,13 @@ def test_encode(backend: str) -> None:
     assert found["dense_bytes"] == 8 * 2 * 2 * 64 * 4 * (96 + 1 + 16)
 
 
+@both
+@pytest.mark.parametrize("method", ["h2o", "tova heavy=8"])
+def test_encode_of_what_evicts_reads_between_the_tokens(backend: str, method: str) -> None:
+    row = rows_of(bench("encode", backend, "--json", "--methods", method))[method]
+    assert row["result"]["bytes"] < row["result"]["dense_bytes"]
+
+
 def test_memory_on_mlx() -> None:
     few = ("--prefill", "stream", "--contexts", "160", "--repeat", "1")
     rows = rows_of(bench("memory", "mlx", "--json", *few))

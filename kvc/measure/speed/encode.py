@@ -158,8 +158,13 @@ class Ours(Arm):
             bench.step(store, layers, self.one)
             return store.arrays()
 
-        prompt = wall(end, bench.library.sync)
-        return prompt, [wall(add, bench.library.sync) for _ in range(block)]
+        prompt, steps = wall(end, bench.library.sync), []
+        one = bench.queries(self.batch) if evicts else None
+        for _ in range(block):
+            if one is not None:  # eviction goes by what attention reads, which is not timed here
+                bench.library.sync([store.attend(i, one, bench.scale) for i in layers])
+            steps.append(wall(add, bench.library.sync))
+        return prompt, steps
 
     def held(self) -> Result:
         """Of the store."""
