@@ -149,7 +149,7 @@ def test_encode(backend: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("method", ["h2o", "tova heavy=8"])
+@pytest.mark.parametrize("method", ["h2o heavy=8 recent=8", "tova heavy=8"])
 def test_encode_of_what_evicts_reads_between_the_tokens(backend: str, method: str) -> None:
     found = rows_of(bench("encode", backend, "--json", "--methods", method))[method]["result"]
     assert "not_raced" not in found
