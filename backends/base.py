@@ -7,7 +7,7 @@ MLX and torch and are used bare. Only what differs is a verb here.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Array = (
     Any  # numpy.ndarray, mlx.core.array or torch.Tensor: kvc never imports what the user has not
 )
+
+Message = Mapping[str, str]  # of a conversation: "role" and "content", as chat templates read them
 
 FULL = "full_attention"  # of a layer that keeps all its tokens
 
@@ -231,6 +233,7 @@ class Engine(Protocol):
 
     name: str
     tokenizer: Any  # the library's own
+    chat_template: str | None  # Jinja, in place of the model's own; None: the model's own
 
     @property
     def shape(self) -> ModelShape:
@@ -240,8 +243,15 @@ class Engine(Protocol):
     def context_length(self) -> int | None:
         """How many tokens the model was made for, if its config says so."""
 
-    def encode(self, text: str, chat: bool = False) -> list[int]:
-        """Token ids of a text, or of a conversation of which it is the first message."""
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a chat template."""
+
+    def encode(self, text: str | Sequence[Message], *, reply: bool = True) -> list[int]:
+        """Token ids of a text as it is, or of a conversation in the chat template.
+
+        It ends where the model's answer begins, unless `reply` is false.
+        """
 
     def make_cache(
         self, method: Method, prefill: str = "exact", *, free: bool = False, graph: bool = False

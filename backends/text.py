@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from kvc.backends.base import Message
+from kvc.backends.fit import in_short
+from kvc.errors import ConfigError
+
 CONTEXT = 8  # tokens of the prompt that the first new ones are decoded with
+
+
+def chat_ids(
+    name: str, apply: Callable[..., Iterable[int]] | None, messages: Sequence[Message], reply: bool
+) -> list[int]:
+    """Token ids of a conversation, up to where the answer begins if `reply`.
+
+    Args:
+        name: What messages call the model.
+        apply: Its tokenizer's `apply_chat_template`; None where there is no template.
+        messages: The conversation.
+        reply: Whether the model is to answer.
+
+    Raises:
+        ConfigError: If there is no template, or it refuses the conversation.
+    """
+    if apply is None:
+        raise ConfigError(f"{name}: expected a chat template, this model's tokenizer has none")
+    try:
+        return list(apply([dict(m) for m in messages], add_generation_prompt=reply))
+    except Exception as error:  # templates are programs of the models' authors
+        raise ConfigError(
+            f"{name}: its chat template refuses this conversation: {in_short(error)}"
+        ) from error
 
 
 class Text:

@@ -26,6 +26,12 @@ dtype_option = click.option(
     help="Of the model.  [default: as saved; float32 on a CPU]",
 )
 
+chat_template_option = click.option(
+    "--chat-template",
+    metavar="FILE",
+    help="A Jinja template of conversations, in place of the model's own.",
+)
+
 
 def read_share(option: str, text: str, what: str) -> float:
     """A share as a percentage or as a fraction, as a fraction.

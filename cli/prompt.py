@@ -61,12 +61,8 @@ def encode(engine: Engine, text: str, chat: bool | None) -> list[int]:
     Raises:
         ConfigError: If there is no chat template, or more tokens than the model's context has.
     """
-    try:
-        ids = engine.encode(text, chat=chat is not False)
-    except ConfigError:
-        if chat:
-            raise
-        ids = engine.encode(text, chat=False)
+    chat = engine.can_chat if chat is None else chat
+    ids = engine.encode([{"role": "user", "content": text}] if chat else text)
     limit = engine.context_length
     if not ids:
         raise ConfigError("generate: the tokenizer makes no tokens of this prompt")

@@ -377,7 +377,7 @@ def test_engine_knows_the_model(engine: Engine) -> None:
     if mx.default_device().type == mx.DeviceType.cpu:
         assert shape.dtype_bytes == 4
     with pytest.raises(ConfigError, match="chat template"):
-        engine.encode("Hello", chat=True)
+        engine.encode([{"role": "user", "content": "Hello"}])
 
 
 def damaged(name: str, change: Callable[[Path], None], tmp_path: Path) -> Path:

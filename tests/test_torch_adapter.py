@@ -360,7 +360,7 @@ def test_engine_knows_its_model(engine):
     assert engine.shape.fingerprint == "llama-8l-4h-2kv-64d-2048v"
     assert set(engine.shape.layer_kinds) == {"full_attention"}
     with pytest.raises(ConfigError, match="chat template"):
-        engine.encode("Hello", chat=True)
+        engine.encode([{"role": "user", "content": "Hello"}])
 
 
 def test_load_says_what_is_wrong(tmp_path):

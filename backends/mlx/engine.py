@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import mlx_lm
 import numpy as np
 from mlx_lm.sample_utils import make_sampler
 
-from kvc.backends.base import ModelShape, Piece, chunk_size
+from kvc.backends.base import Message, ModelShape, Piece, chunk_size
 from kvc.backends.mlx.cache import make_cache, shape_of
 from kvc.backends.mlx.entry import KVCEntry, name_of
 from kvc.backends.mlx.projections import output_projection
-from kvc.backends.text import Text
+from kvc.backends.text import Text, chat_ids
 from kvc.errors import BackendError, ConfigError
 from kvc.methods import Method
 from kvc.store.store import KVStore
@@ -32,6 +33,7 @@ class Engine:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.chat_template: str | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -47,18 +49,25 @@ class Engine:
         """How many tokens the model was made for, if its config says so."""
         return self.shape.context_length
 
-    def encode(self, text: str, chat: bool = False) -> list[int]:
-        """Token ids of a text, or of a conversation of which it is the first message.
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self.chat_template or self.tokenizer.has_chat_template)
+
+    def encode(self, text: str | Sequence[Message], *, reply: bool = True) -> list[int]:
+        """Token ids of a text as it is, or of a conversation in the model's chat template.
+
+        A conversation ends where the model's answer begins, unless `reply` is false.
 
         Raises:
-            ConfigError: If the model has no chat template.
+            ConfigError: If there is no chat template, or it refuses this conversation.
         """
-        if not chat:
+        if isinstance(text, str):
             return list(self.tokenizer.encode(text))
-        if not self.tokenizer.has_chat_template:
-            raise ConfigError(f"{name_of(self.model)}: the tokenizer has no chat template")
-        messages = [{"role": "user", "content": text}]
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        # mlx-lm has templates written in Python, which do not take the argument
+        given = {"chat_template": self.chat_template} if self.chat_template else {}
+        apply = partial(self.tokenizer.apply_chat_template, **given) if self.can_chat else None
+        return chat_ids(name_of(self.model), apply, text, reply)
 
     def make_cache(
         self, method: Method, prefill: str = "exact", *, free: bool = False, graph: bool = False

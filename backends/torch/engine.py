@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from kvc.backends.base import ModelShape, Piece, chunk_size
-from kvc.backends.text import Text
+from kvc.backends.base import Message, ModelShape, Piece, chunk_size
+from kvc.backends.text import Text, chat_ids
 from kvc.backends.torch.attention import decoder_of
 from kvc.backends.torch.cache import make_cache, shape_of
 from kvc.backends.torch.entry import KVCCache
@@ -85,6 +86,7 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.chat_template: str | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -100,22 +102,25 @@ class Engine:
         """How many tokens the model was made for, if its config says so."""
         return self.shape.context_length
 
-    def encode(self, text: str, chat: bool = False) -> list[int]:
-        """Token ids of a text, or of the model's chat template around it.
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self.chat_template or self.tokenizer.chat_template)
+
+    def encode(self, text: str | Sequence[Message], *, reply: bool = True) -> list[int]:
+        """Token ids of a text as it is, or of a conversation in the model's chat template.
+
+        A conversation ends where the model's answer begins, unless `reply` is false.
 
         Raises:
-            ConfigError: If a chat was asked for and the model has no template.
+            ConfigError: If there is no chat template, or it refuses this conversation.
         """
-        if not chat:
+        if isinstance(text, str):
             return list(self.tokenizer(text).input_ids)
-        if not self.tokenizer.chat_template:
-            raise ConfigError("kvc: this model has no chat template; leave out chat")
-        messages = [{"role": "user", "content": text}]
-        return list(
-            self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
+        apply = partial(
+            self.tokenizer.apply_chat_template, chat_template=self.chat_template, return_dict=False
         )
+        return chat_ids(type(self.model).__name__, apply if self.can_chat else None, text, reply)
 
     def make_cache(
         self, method: Method, prefill: str = "exact", *, free: bool = False, graph: bool = False
