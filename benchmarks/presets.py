@@ -43,7 +43,7 @@ def table(folder: Path = RESULTS) -> str:
                 f"`{label}`",
                 f"{tasks['bytes']['bytes_per_token']:.0f}",
                 f"{tasks['bytes']['ratio']:.2f}x",
-                f"{tasks['kl']['mean']:.4f}",
+                f"{abs(tasks['kl']['mean']):.4f}",  # below zero by rounding alone
                 f"{tasks['ppl']['ppl']:.2f}",
                 f"{100 * tasks['agree']['top1']:.1f} %",
                 f"{100 * tasks['recall']['exact']:.0f} %",

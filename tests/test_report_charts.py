@@ -140,6 +140,7 @@ def test_numbers_in_words() -> None:
     shown = {
         36.0401: "36.04", 0.00321: "0.003210", 128: "128", 4096.0: "4\u202f096",
         -0.25: "\u22120.2500", 1.25e-7: "1.25e\u22127", 123456.7: "123\u202f457",
+        -3.9e-9: "≈ 0",
     }  # fmt: skip
     assert {x: number(x) for x in shown} == shown
     assert [number(x) for x in (math.nan, math.inf, None, "x")] == ["\u2013"] * 4

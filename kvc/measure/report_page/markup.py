@@ -12,6 +12,7 @@ from unicodedata import east_asian_width
 THIN = "\u202f"  # a narrow space that does not break, between a number and its unit
 MINUS = "\u2212"
 NONE = "\u2013"  # what is not known
+ROUNDING = 1e-8  # what sums of float32 leave where nothing is
 _ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 # these turn the text around them, so that a label could pass for another's number
 _TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -59,6 +60,8 @@ def number(x: Any, digits: int = 4) -> str:
     """A number to so many digits; whole ones of up to seven places are kept whole."""
     if not known(x):
         return NONE
+    if 0 < abs(x) < ROUNDING:
+        return "≈ 0"
     if x == int(x) and abs(x) < 10**7:
         text = f"{int(x):,}".replace(",", THIN)
     elif 1e-4 <= abs(x) < 10**7:
