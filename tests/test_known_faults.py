@@ -38,6 +38,7 @@ import pytest
 
 from kvc.calibrate.kvsharer.distances import Mean
 from kvc.methods import Method, parse
+from kvc.ops.merge import retained
 from kvc.store.store import KVStore
 from tests.conftest import need
 from tests.tolerances import TOLERANCES
@@ -158,6 +159,20 @@ def test_minicache_takes_the_norms_of_massive_vectors(xp: ModuleType) -> None:
     for layer in (0, 1):  # equal layers are restored, up to rounding
         for x, exact in zip(map(xp.to_numpy, store.read(layer)), (k, v), strict=True):
             np.testing.assert_allclose(x.astype("f8"), exact, rtol=3e-3, atol=3000 * 3e-3)
+
+
+def test_one_outlier_need_not_decide_what_minicache_retains(xp: ModuleType) -> None:
+    """The angle rule goes by the widest angle, such as a first token's; `ratio` counts."""
+    plain = np.random.default_rng(0).uniform(0.2, 0.5, (1, 1, 100))
+    outlier = np.concatenate([[[[2.2]]], plain[..., 1:]], -1)
+    kept = {
+        (rule, name): int(xp.to_numpy(retained(xp.from_numpy(angle), rule, 0.05)).sum())
+        for rule in ("angle", "ratio")
+        for name, angle in (("plain", plain), ("outlier", outlier))
+    }
+    assert kept["angle", "outlier"] == 1
+    assert kept["angle", "plain"] > 2
+    assert kept["ratio", "outlier"] == kept["ratio", "plain"] == 5
 
 
 def test_sharers_read_their_owners_in_eager_attention() -> None:
