@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, get_args
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 from kvc.backends.base import Array, ops_of
 from kvc.errors import ConfigError
 from kvc.methods.base import Method
 from kvc.methods.minicache import MiniCache
 from kvc.ops.evict import Kernels
+from kvc.store.archive import Archive, Reader
 from kvc.store.evicting import Evicting
 from kvc.store.pair import Pair
 from kvc.store.report import Report, measure
 from kvc.store.slot import Slot, Whole
+from kvc.store.state import walk_size, walk_slot
 from kvc.store.tokens import Series, Tokens
 from kvc.store.unit import Query, Unit
 from kvc.store.watch import Watch
@@ -51,6 +55,7 @@ class KVStore:
         self._numbers = method.numbers or range(n_layers)
         self._files = method.memory.maps(self._numbers) if method.memory else {}
         self._maps: dict[int, Kernels] = {}  # the same in the library of the tokens
+        self._prompting = False
         self.changes = 0  # grows with everything but `advance`
         # told of every layer's queries as they come, for what is learned from them
         self.listener: Callable[[Query], None] | None = None
@@ -66,17 +71,23 @@ class KVStore:
         self._lengths = [0] * len(self._owners)
         self._token_bytes = [0] * len(self._owners)  # of one token of all rows, dense
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVStore:
+        """The same tokens in a store of its own; what never changes is shared."""
+        memo |= {id(x): x for x in (self.method, self._files, self._maps)}
+        new = memo[id(self)] = copy.copy(self)
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
     def _slot(self, layers: tuple[int, ...]) -> Slot:
-        method, first = self.method, layers[0]
+        # What a slot starts with is not the store: copies of the slot would keep its tokens alive.
+        method, first, maps = self.method, layers[0], self._maps.get
         codec = method.codec and method.codec.of(self._numbers[first])
 
         def start(wholes: list[Whole], score: Array | None, watch: Watch) -> Unit:
             k, v = wholes[0]
             if method.memory:
                 tokens = (k.tokens(), v.tokens())
-                return Evicting.of(
-                    method.memory, codec, first, self._maps.get, *tokens, score, watch
-                )
+                return Evicting.of(method.memory, codec, first, maps, *tokens, score, watch)
             if len(wholes) == 1:
                 return Tokens(Series(k), Series(v), codec, first)
             a, b = (Tokens(Series(k), Series(v)) for k, v in wholes)
@@ -122,6 +133,15 @@ class KVStore:
             xp = ops_of(k)
             self._maps[layer] = Kernels(*(xp.from_numpy(x, k) for x in self._files[layer]))
 
+    @contextmanager
+    def prompting(self) -> Iterator[None]:
+        """Meanwhile what comes after a prompt's pieces is one more of them, a lone token too."""
+        self._prompting = True
+        try:
+            yield
+        finally:
+            self._prompting = False
+
     def settle(self) -> None:
         """Compresses what is due before one more token, as its append would."""
         self.changes += 1
@@ -134,9 +154,10 @@ class KVStore:
             return
         if slot.in_prompt:
             tail = self.lone_tail and coming == 1 and slot.last > 1
-            if tail or (coming > 1 and self.prefill == "exact"):
+            more = coming > 1 or self._prompting
+            if tail or (more and self.prefill == "exact"):
                 return
-            slot.in_prompt = coming > 1
+            slot.in_prompt = more
         slot.settle(slot.prompt_due)
         slot.prompt_due = slot.in_prompt
 
@@ -241,6 +262,27 @@ class KVStore:
     def nbytes(self) -> int:
         """Bytes of every array that the store holds, room in buffers included."""
         return sum(x.nbytes for x in self.arrays())
+
+    def exchange(self, archive: Archive) -> None:
+        """Writes all that it holds to an archive, or takes on, being empty, what one holds.
+
+        Raises:
+            CacheFileError: if a file does not hold the state of such a store.
+        """
+        names = [f"layers.{number}" for number in self._numbers]
+        sizes = {i: walk_size(archive.at(names[i]), self._slot_of[i]) for i in self._slot_of}
+        if isinstance(archive, Reader):
+            for layer, owner in enumerate(self._owners):
+                self._begin(layer, archive.token(*sizes[owner]))
+                self._lengths[layer] = archive.columns
+        kept = int(self.method.memory.heavy) if self.method.memory else 0
+        slots = []
+        for slot in self._slots:
+            own = [names[layer] for layer in slot.layers]
+            slots.append(walk_slot(archive, slot, own, sizes[slot.layers[0]], kept))
+        if isinstance(archive, Reader):
+            self._slots = slots
+            self._slot_of = {layer: slot for slot in slots for layer in slot.layers}
 
     def report(self) -> Report:
         """Bytes by part and by layer, and the dense cache's."""
