@@ -17,7 +17,6 @@ mlx_lm = pytest.importorskip("mlx_lm", reason="the mlx backend needs mlx-lm")
 # ruff: noqa: E402
 from mlx.utils import tree_map
 from mlx_lm import server as servers
-from mlx_lm.generate import BatchGenerator, batch_generate
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
 import kvc
@@ -259,7 +258,7 @@ def test_server_gives_what_a_fresh_run_gives_at_the_lossless_limit(
     answer, reused = server.ask(other)
     assert answer == fresh(engine, None, other)
     assert (reused > 0) == (name == "none")  # the others are compressed for good
-    assert not server.provider.is_batchable
+    assert server.provider.is_batchable
 
 
 @pytest.mark.parametrize("name", ["gear", "h2o", "minicache", "kvsharer"])
@@ -298,20 +297,6 @@ def test_nearest_cache_that_cannot_go_back_is_none(engine: Engine) -> None:
     assert kept.fetch_nearest_cache("model", other) == (None, other)
     again, rest = kept.fetch_nearest_cache("model", [*ids, 5, 7])
     assert (again[0].offset, rest) == (41, [7])
-
-
-def test_batches_are_refused(engine: Engine) -> None:
-    """No plain cache slips in: ours has no `merge`, and mlx-lm says so."""
-    model = engine.model
-    assert not any(hasattr(entry, "merge") for entry in kvc.make_cache(model, "gear"))
-    generator = BatchGenerator(model)
-    generator.insert([[1, 2, 3]], caches=[kvc.make_cache(model, "gear")])
-    with pytest.raises(ValueError, match=r"KVCEntry.* does not yet support batching"):
-        generator.next()
-    caches = [kvc.make_cache(model, "gear") for _ in range(2)]
-    prompts = [engine.encode(PROMPT), engine.encode("The sea")]
-    with pytest.raises(ValueError, match=r"KVCEntry.* does not yet support batching"):
-        batch_generate(model, engine.tokenizer, prompts, prompt_caches=caches, max_tokens=4)
 
 
 def blocks(engine: Any, cache: Any) -> list[Any]:

@@ -9,12 +9,14 @@ can be put back.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from mlx_lm.models import base
 
 from kvc.errors import BackendError
+from kvc.store.batch import attend_rows
 
 if TYPE_CHECKING:
     from kvc.store.store import KVStore
@@ -38,22 +40,46 @@ class Handle:
         self.shape, self.dtype = (B, H, store.length(layer), D), new.dtype
 
 
+class RowsHandle(Handle):
+    """Stands for what a layer holds of rows that have a store each; `columns` of them in all."""
+
+    __slots__ = ("counts", "stores")
+
+    def __init__(
+        self, stores: Sequence[KVStore], layer: int, new: Any, counts: list[int], columns: int
+    ) -> None:
+        B, H, _, D = new.shape
+        self.stores, self.layer, self.counts = stores, layer, counts
+        self.shape, self.dtype, self.always_attend = (B, H, columns, D), new.dtype, False
+
+
 def attention(
     queries: Any, keys: Handle, cache: Any, scale: float, mask: Any, sinks: Any = None
 ) -> Any:
     """Attention over the tokens behind a handle.
 
-    While nothing is compressed the library computes it, from the tokens as they came.
+    While nothing is compressed the library computes it, from the tokens as they came. Rows with a
+    store each need no mask: a row has no padding but behind its newest tokens, which is dropped.
 
     Shapes: queries [B, n_heads, L, head_dim]; returns [B, n_heads, L, head_dim].
     """
-    store, layer = keys.store, keys.layer
-    dense = None if keys.always_attend else store.dense(layer)
-    if dense is None:
-        return store.attend(layer, queries, scale, sinks=sinks)
-    out = _library(queries, *dense, cache, scale, mask, sinks)
-    store.observe(layer, queries, scale, sinks=sinks)
-    return out
+    layer = keys.layer
+
+    def answer(store: KVStore, q: Any, mask: Any) -> Any:
+        dense = None if keys.always_attend else store.dense(layer)
+        if dense is None:
+            return store.attend(layer, q, scale, sinks=sinks)
+        out = _library(q, *dense, cache, scale, mask, sinks)
+        store.observe(layer, q, scale, sinks=sinks)
+        return out
+
+    if not isinstance(keys, RowsHandle):
+        return answer(keys.store, queries, mask)
+
+    def own(store: KVStore, q: Any) -> Any:
+        return answer(store, q, "causal" if q.shape[2] > 1 else None)
+
+    return attend_rows(keys.stores, queries, keys.counts, own)
 
 
 # Its code runs in the place of the library's, among that module's globals: hence the imports.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
@@ -17,13 +17,15 @@ from kvc.errors import ConfigError
 from kvc.methods import Method
 from kvc.store.store import KVStore
 
+if TYPE_CHECKING:
+    from kvc.backends.mlx.rows import KVCRows
+
 
 class KVCEntry(_BaseCache):
     """One layer of the store as mlx-lm sees it.
 
     mlx-lm calls `trim` and reads `state` and `nbytes` of every entry in turn, but they concern the
-    whole store: the first layer's entry answers for all. There is no `merge`, so that the batch
-    generator refuses this cache and does not take a plain one in its place.
+    whole store: the first layer's entry answers for all.
 
     Attributes:
         store: Where the tokens are.
@@ -103,14 +105,23 @@ class KVCEntry(_BaseCache):
         self.offset -= n
         return n
 
+    @classmethod
+    def merge(cls, entries: Sequence[KVCEntry]) -> KVCRows:
+        """One layer's entry of a batch whose rows go on from these, which stay as they are.
+
+        Raises:
+            ConfigError: If one of the caches is none of ours, or has several rows.
+        """
+        from kvc.backends.mlx.rows import KVCRows
+
+        return KVCRows(entries)
+
     def to_quantized(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the cache is compressed already."""
         raise ConfigError("kvc: this cache is compressed already; leave out kv_bits")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCEntry:
-        # Entries copied together share one copy of the store; methods never change.
-        method = self.store.method
-        memo.setdefault(id(method), method)
+        # Entries copied together share one copy of the store.
         new = copy.copy(self)
         new.store = copy.deepcopy(self.store, memo)
         memo[id(self)] = new
