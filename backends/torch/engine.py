@@ -1,12 +1,8 @@
 """Loads a model with transformers and runs it for the command line, one sequence at a time."""
 
-import contextvars
-import queue
 import resource
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from kvc.backends.base import Message, ModelShape, Piece, chunk_size
 from kvc.backends.text import Text, chat_ids
@@ -28,11 +23,10 @@ from kvc.backends.torch.attention import decoder_of
 from kvc.backends.torch.cache import make_cache, shape_of
 from kvc.backends.torch.entry import KVCCache
 from kvc.backends.torch.projections import output_projection
+from kvc.backends.torch.stream import OnPrefill, stream
 from kvc.errors import BackendError, ConfigError
 from kvc.methods import Method
 from kvc.store.store import KVStore
-
-OnPrefill = Callable[[int, int], None]
 
 
 def load(path: str, device: str, dtype: str | None = None) -> "Engine":
@@ -185,67 +179,16 @@ class Engine:
         prefill_step: int = 2048,
         on_prefill: OnPrefill | None = None,
     ) -> Iterator[Piece]:
-        """Generate from `ids`; yields each token with the text that it completes.
+        """Generates from `ids`, which come after the tokens in the cache; see stream.py.
 
-        Generation runs in a thread of its own. Its errors are raised here, and closing this
-        iterator (as Ctrl-C does) stops it before the next forward pass.
+        Yields each token with the text that it completes.
         """
         if seed is not None:
             torch.manual_seed(seed)
         config = self._generation_config(
             max_tokens, temp, top_p, chunk_size(len(ids), prefill_step)
         )
-        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        stop = threading.Event()
-
-        def after_forward(*_: Any) -> None:
-            if stop.is_set():
-                raise _Stopped
-            events.put(("prefill", min(cache.get_seq_length(), len(ids))))
-
-        def work() -> None:
-            hook = self.model.register_forward_hook(after_forward)
-            try:
-                if stop.is_set():  # between the thread's birth and here
-                    return
-                inputs = torch.tensor([list(ids)], device=self.model.device)
-                self.model.generate(
-                    inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    past_key_values=cache,
-                    generation_config=config,
-                    streamer=_Tokens(events),
-                )
-                events.put(("end", None))
-            except _Stopped:
-                pass
-            except BaseException as error:  # raised again in the caller's thread
-                events.put(("error", error))
-            finally:
-                hook.remove()
-
-        # The thread sees the caller's context variables, such as the choice of kernels.
-        run = contextvars.copy_context().run
-        thread = threading.Thread(target=run, args=(work,), daemon=True)
-        text = Text(self.tokenizer, ids)
-        n_prefilled = 0
-        try:
-            thread.start()
-            while True:
-                kind, value = events.get()
-                if kind == "token":
-                    yield Piece(text.add(value), value)
-                elif kind == "error":
-                    raise value
-                elif kind == "end":
-                    return
-                elif on_prefill is not None and value > n_prefilled:
-                    n_prefilled = value
-                    on_prefill(value, len(ids))
-        finally:
-            stop.set()
-            with suppress(RuntimeError):  # Ctrl-C came before it was born
-                thread.join()
+        return stream(self.model, ids, cache, config, Text(self.tokenizer, ids), on_prefill)
 
     def _generation_config(
         self, max_tokens: int, temp: float, top_p: float, chunk: int
@@ -267,23 +210,3 @@ class Engine:
             prefill_chunk_size=chunk,
             **sampling,
         )
-
-
-class _Stopped(Exception):  # noqa: N818 - not an error
-    pass
-
-
-class _Tokens(BaseStreamer):
-    """Puts the new tokens into the queue; the first thing `generate` sends is the prompt."""
-
-    def __init__(self, events: "queue.SimpleQueue[Any]") -> None:
-        self.events, self.is_prompt = events, True
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.is_prompt:
-            for token in value.reshape(-1).tolist():
-                self.events.put(("token", token))
-        self.is_prompt = False
-
-    def end(self) -> None:
-        pass
