@@ -17,6 +17,10 @@ class ArtifactError(KVCError):
     """A map or a set of kernels that is damaged, cannot be had, or was made for another model."""
 
 
+class CacheFileError(ArtifactError):
+    """A cache file that is damaged, cannot be had or written, or does not fit a model."""
+
+
 class BackendError(KVCError):
     """A backend, a device or a model that is not there."""
 

@@ -9,11 +9,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from kvc.errors import ArtifactError
 from kvc.version import __version__
 
 FORMAT = 1
-MAP, KERNELS, PROFILE = "kvsharer-map", "less-kernels", "profile"
+MAP, KERNELS, PROFILE, CACHE = "kvsharer-map", "less-kernels", "profile", "cache"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -43,15 +43,16 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Any] = _NOTHING) -
         header: All keys count but `checksum` itself.
         tensors: NumPy arrays by name.
     """
-    digest = hashlib.sha256(_canonical({k: x for k, x in header.items() if k != "checksum"}))
+    digest = hashlib.sha256(canonical({k: x for k, x in header.items() if k != "checksum"}))
     for name in sorted(tensors):
         x = tensors[name]
-        digest.update(_canonical([name, x.dtype.name, list(x.shape)]))
+        digest.update(canonical([name, x.dtype.name, list(x.shape)]))
         digest.update(np.ascontiguousarray(x, x.dtype.newbyteorder("<")).tobytes())
     return digest.hexdigest()
 
 
-def _canonical(data: Any) -> bytes:
+def canonical(data: Any) -> bytes:
+    """JSON that is the same for the same content."""
     return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -63,7 +64,7 @@ def check_header(
     Args:
         path: For the message.
         header: As read.
-        kind: `MAP`, `KERNELS` or `PROFILE`.
+        kind: `MAP`, `KERNELS`, `PROFILE` or `CACHE`.
         expected: The types of the keys that only this kind has.
 
     Raises:
@@ -123,11 +124,22 @@ def write_whole(path: str | Path, data: bytes) -> None:
     Raises:
         ArtifactError: If that fails; what was there before stays.
     """
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write piece by piece, which gets its name when all of it is on the disk.
+
+    Raises:
+        ArtifactError: If that fails; what was there before stays.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -119,6 +119,12 @@ class Evicting:
         self.score = None if self.score is None else unroll(self.score)
         self.start = 0
 
+    def fitted(self) -> Evicting:
+        """The same with the ring in order of time, in buffers that it fills."""
+        new = replace(self)
+        new._unroll(self.n)
+        return new
+
     def _live(self, x: Array) -> Array:
         """The ring's tokens; in order of time unless it is full."""
         return x if self.n == x.shape[2] else x[:, :, self.start : self.start + self.n]

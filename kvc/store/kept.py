@@ -46,13 +46,13 @@ class Kept:
         """K and V [B, H, h, D]."""
         if self.codec is None:
             return self.k, self.v
-        k, v = _specs(self.codec, self.n, self.head_dim)
+        k, v = specs_of(self.codec, self.n, self.head_dim)
         return decode(self.k, k), decode(self.v, v)
 
     def pasts(self) -> tuple[Coded, Coded]:
         """K and V where they are coded, for attention to read."""
         codec: Any = self.codec
-        specs, pasts = _specs(codec, self.n, self.head_dim), []
+        specs, pasts = specs_of(codec, self.n, self.head_dim), []
         roles: tuple[Role, Role] = ("k", "v")
         for role, code, spec in zip(roles, (self.k, self.v), specs, strict=True):
             run = Run(map_code(lambda x: x[None], code), spec, 1)
@@ -89,7 +89,7 @@ class Kept:
         if self.codec is None:
             return k, v
         plain: Any = {"rank": 0, "outliers": 0.0, "n_iter": 1, "seed": (0, 0, 0)}
-        of_k, of_v = _specs(self.codec, k.shape[2], self.head_dim)
+        of_k, of_v = specs_of(self.codec, k.shape[2], self.head_dim)
         return encode(k, of_k, **plain), encode(v, of_v, **plain)
 
     def rows(self, rows: Sequence[int]) -> Kept:
@@ -121,6 +121,6 @@ def pick(kept: Array, leaving: Array, source: Array) -> Array:
     return xp.take_along_axis(both, xp.broadcast_to(index, (*source.shape, *both.shape[3:])), 2)
 
 
-def _specs(codec: Gear, n: int, head_dim: int) -> tuple[Spec, Spec]:
+def specs_of(codec: Gear, n: int, head_dim: int) -> tuple[Spec, Spec]:
     """How K and V of `n` slots are coded: both laid out as V is, a row for a token."""
     return replace(codec.spec("k", n, head_dim), role="v"), codec.spec("v", n, head_dim)

@@ -59,6 +59,11 @@ class Originals:
         xp = ops_of(self.index)
         return xp.sum(xp.astype(self.index >= 0, self.index.dtype), -1)
 
+    def fitted(self) -> Originals:
+        """The same in buffers that the fullest row fills."""
+        bound = int(ops_of(self.index).max(self._count(), 0))
+        return Originals(self.index[:, :bound], self.a[:, :bound], self.b[:, :bound], bound)
+
     def live(self) -> int:
         """Entries in use, over all rows; asks the device."""
         return int(ops_of(self.index).sum(self._count(), 0))
