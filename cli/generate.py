@@ -7,7 +7,18 @@ from dataclasses import asdict
 
 import click
 
-from kvc.cli.options import backend_option, dtype_option, model_option
+from kvc.cli.options import (
+    backend_option,
+    dtype_option,
+    method_option,
+    model_option,
+    prefill_option,
+    prefill_step_option,
+    seed_option,
+    settings_option,
+    temp_option,
+    top_p_option,
+)
 from kvc.cli.prompt import encode, read_prompt, read_settings
 from kvc.cli.run import Stats, hush, load, run
 
@@ -17,34 +28,14 @@ from kvc.cli.run import Stats, hush, load, run
 @click.option("--prompt-file", metavar="FILE", help="Read the prompt from a file; - is stdin.")
 @backend_option
 @model_option
-@click.option("--method", default="gear", show_default=True, help="Presets, joined by +.")
-@click.option(
-    "--set",
-    "settings",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="A parameter of the method, e.g. gear.bits=4; may be given again.",
-)
-@click.option(
-    "--prefill",
-    type=click.Choice(["exact", "stream"]),
-    default="exact",
-    show_default=True,
-    help="Compress the prompt when it ends, or piece by piece.",
-)
-@click.option(
-    "--prefill-step",
-    type=click.IntRange(16),
-    default=512,  # short enough for the progress bar to move on a CPU
-    show_default=True,
-    help="Tokens of the prompt in one piece.",
-)
+@method_option
+@settings_option
+@prefill_option
+@prefill_step_option
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option(
-    "--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest."
-)
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the samples.")
+@temp_option
+@top_p_option
+@seed_option
 @click.option(
     "--chat/--raw",
     default=None,

@@ -26,6 +26,37 @@ dtype_option = click.option(
     help="Of the model.  [default: as saved; float32 on a CPU]",
 )
 
+method_option = click.option(
+    "--method", default="gear", show_default=True, help="Presets, joined by +."
+)
+settings_option = click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A parameter of the method, e.g. gear.bits=4; may be given again.",
+)
+prefill_option = click.option(
+    "--prefill",
+    type=click.Choice(["exact", "stream"]),
+    default="exact",
+    show_default=True,
+    help="Compress the prompt when it ends, or piece by piece.",
+)
+prefill_step_option = click.option(
+    "--prefill-step",
+    type=click.IntRange(16),
+    default=512,  # short enough for the progress bar to move on a CPU
+    show_default=True,
+    help="Tokens of the prompt in one piece.",
+)
+temp_option = click.option(
+    "--temp", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest."
+)
+top_p_option = click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True
+)
+seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the samples.")
 chat_template_option = click.option(
     "--chat-template",
     metavar="FILE",
