@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvc.backends.base import Piece
 from kvc.backends.text import Text
+from kvc.backends.torch.attention import decoder_of
 from kvc.backends.torch.entry import KVCCache
 
 OnPrefill = Callable[[int, int], None]
@@ -46,15 +47,27 @@ def stream(
             raise _Stopped
         events.put(("prefill", min(cache.get_seq_length() - held, len(ids))))
 
+    @torch.no_grad()
+    def read_pieces(inputs: torch.Tensor) -> torch.Tensor:
+        # transformers 5.17 takes pieces for the first tokens of the cache
+        *pieces, last = inputs.split(config.prefill_chunk_size or inputs.shape[1], 1)
+        config.prefill_chunk_size = None
+        for piece in pieces:
+            decoder_of(model)(piece, past_key_values=cache, use_cache=True)
+            after_forward()
+        return last
+
     def work() -> None:
         hook = model.register_forward_hook(after_forward)
         try:
             if stop.is_set():  # between the thread's birth and here
                 return
             inputs = torch.tensor([list(ids)], device=model.device)
+            if held:
+                inputs = read_pieces(inputs)
             model.generate(
                 inputs,
-                attention_mask=inputs.new_ones(1, held + len(ids)),  # of all tokens
+                attention_mask=inputs.new_ones(1, held + len(ids)),  # the cache's tokens too
                 past_key_values=cache,
                 generation_config=config,
                 streamer=_Tokens(on_token),
