@@ -1,0 +1,60 @@
+"""What the server's two threads hand each other: jobs one way, updates the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvc.serve.errors import APIError
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a job took.
+
+    Attributes:
+        prompt: Tokens of the prompt, `cached` of which were read from a stored cache.
+        cache_bytes: Of the cache at the end, and `dense_bytes` of a dense one; None where the job
+            ended by a text, in the midst of a batch.
+    """
+
+    prompt: int
+    cached: int
+    generated: int
+    cache_bytes: int | None = None
+    dense_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """News of a job: more text, or that it is over, with what it took or with why it failed."""
+
+    text: str = ""
+    finish: Literal["stop", "length"] | None = None
+    counts: Counts | None = None
+    error: APIError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A prompt and how to go on from it.
+
+    Attributes:
+        ids: Tokens of the prompt.
+        cuts: How many of them other prompts may well begin with; copies are kept there.
+        deliver: Takes the updates, in the engine's thread.
+        cancelled: Set by whoever waits no longer.
+    """
+
+    ids: list[int]
+    cuts: tuple[int, ...]
+    max_tokens: int
+    temp: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+    deliver: Callable[[Update], None]
+    cancelled: bool = False
+    created: float = field(default_factory=time.perf_counter)
