@@ -13,6 +13,7 @@ from kvc.cli.info import info
 from kvc.cli.lm_eval import lm_eval
 from kvc.cli.push import push
 from kvc.cli.search import search
+from kvc.cli.serve import serve
 from kvc.cli.train import train
 from kvc.cli.tune import tune
 from kvc.errors import KernelUnavailable, KVCError
@@ -53,5 +54,6 @@ main.add_command(info)
 main.add_command(lm_eval)
 main.add_command(push)
 main.add_command(search)
+main.add_command(serve)
 main.add_command(train)
 main.add_command(tune)
