@@ -160,8 +160,7 @@ class Worker:
         try:
             while self._turn(model, batch):
                 try:
-                    for event in batch.step():
-                        self._take(model, batch, event)
+                    self._step(model, batch)
                 except Exception as error:  # of a library, or for want of memory
                     LOG.exception("the batch failed; a new one is made")
                     self._fail_running(error)
@@ -176,6 +175,11 @@ class Worker:
                 self._running.clear()
             for job in left:
                 job.deliver(Update(error=APIError(503, "the server ended", code="unavailable")))
+
+    def _step(self, model: Model, batch: Batch) -> None:
+        """One step; while the worker waits, nothing here holds on to a cache."""
+        for event in batch.step():
+            self._take(model, batch, event)
 
     def _turn(self, model: Model, batch: Batch) -> bool:
         """Waits for something to do and brings the batch up to date; False at the end."""
