@@ -1,7 +1,7 @@
 """kvc: small KV caches for language models, on MLX and PyTorch."""
 
 from kvc import errors
-from kvc.api import load_engine, make_cache, presets, report
+from kvc.api import load_cache, load_engine, make_cache, presets, report, save_cache
 from kvc.hub import load_artifact
 from kvc.methods import Gear, KVSharer, Less, Method, MiniCache, parse
 from kvc.version import __version__
@@ -15,9 +15,11 @@ __all__ = [
     "__version__",
     "errors",
     "load_artifact",
+    "load_cache",
     "load_engine",
     "make_cache",
     "parse",
     "presets",
     "report",
+    "save_cache",
 ]

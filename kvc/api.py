@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvc.errors import BackendError, ConfigError
@@ -68,14 +70,79 @@ def make_cache(
         )
     if isinstance(method, Part):
         method = method_of(method)
+    library = _library_of(model, "make_cache")
+    return import_module(f"kvc.backends.{library}.cache").make_cache(
+        model, method, prefill, free=free, graph=graph
+    )
+
+
+def _library_of(model: Any, who: str) -> str:
     roots = {c.__module__.split(".")[0] for c in type(model).__mro__}
     library = next((name for name in ("mlx", "torch") if name in roots), None)
     if library is None:
         got = f"{type(model).__module__}.{type(model).__name__}"
-        raise ConfigError(f"make_cache: expected a model of mlx-lm or transformers, got {got}")
-    return import_module(f"kvc.backends.{library}.cache").make_cache(
-        model, method, prefill, free=free, graph=graph
+        raise ConfigError(f"{who}: expected a model of mlx-lm or transformers, got {got}")
+    return library
+
+
+def save_cache(
+    cache: Any, path: str | Path, tokens: Sequence[Any], *, model: Any, deflate: bool = False
+) -> None:
+    """Writes a cache to a file, whole or not at all; either library can go on from it.
+
+    What is not compressed yet is written as it is: a prompt's tokens stay as they came until the
+    first token after it, unless the store's `trim(0)` and `settle()` end it.
+
+    Args:
+        cache: From `make_cache`; it stays as it is.
+        path: Where to.
+        tokens: The ids of all tokens in the cache, or a list of them for each row, padding too.
+        model: That the cache is of: its fingerprint goes into the file.
+        deflate: Write codes entropy-coded: smaller, slower, and not mapped in loading.
+
+    Raises:
+        CacheFileError: If it cannot be written, or the tokens are not those of the cache.
+    """
+    entries = cache if isinstance(cache, list | tuple) else [cache]
+    if not any(hasattr(entry, "store") for entry in entries):
+        got = type(cache).__name__
+        raise ConfigError(f"save_cache: expected a cache from kvc.make_cache, got a {got}")
+    library = _library_of(model, "save_cache")
+    import_module("kvc.saving").save(library, model, cache, path, tokens, deflate)
+
+
+def load_cache(
+    model: Any,
+    path: str | Path,
+    *,
+    kernels: str | Path | None = None,
+    free: bool = False,
+    graph: bool = False,
+) -> tuple[Any, list[Any]]:
+    """A cache that goes on where the one in a file ends, and its tokens; the file stays as it is.
+
+    The cache has the method of the file. On transformers its arrays are read from the file when
+    they are needed; do not change the file in place meanwhile, replace it.
+
+    Args:
+        model: The model that the cache was made for, on either library and in the same dtype.
+        path: A file of `save_cache`.
+        kernels: The file of LESS's kernels, if it is not where it was when the cache was made.
+        free: As `make_cache` takes it.
+        graph: As `make_cache` takes it.
+
+    Returns:
+        The cache, as `make_cache` returns it, and its tokens as `save_cache` took them.
+
+    Raises:
+        CacheFileError: If the file is missing or damaged, of a newer format, of another model or
+            dtype, or made with other kernels.
+    """
+    library = _library_of(model, "load_cache")
+    found: tuple[Any, list[Any]] = import_module("kvc.saving").load(
+        library, model, path, kernels, free=free, graph=graph
     )
+    return found
 
 
 def report(cache: Any) -> Report:

@@ -18,7 +18,7 @@ from kvc.errors import CacheFileError
 from kvc.files.cache import DEFLATED, CacheFile, Entry, Raw, Tensor
 
 Own = TypeVar("Own", bound="Archive")
-Shape = tuple[int | None, ...]  # None: as many as there are
+Shape = tuple[int | None, ...] | None  # None in it: as many as there are; alone: any shape
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -65,6 +65,9 @@ class Archive:
     def __init__(self, rows: int, columns: int, dtype: str) -> None:
         self.rows, self.columns, self.dtype = rows, columns, dtype
         self.place = ""
+
+    def begin(self, rows: int, dtype: str) -> None:
+        """What the store has is of so many rows and of a dtype; a reader knows its own."""
 
     def at(self: Own, name: str) -> Own:
         """What lies below a name."""
@@ -114,6 +117,12 @@ class Archive:
             self.refuse(name, f"a number from {least} to {most}", found)
         return found
 
+    def kind(self, x: str) -> None:
+        """What a layer that is not the store's keeps: files must have the same."""
+        found = self.value("kind", x)
+        if found != x:
+            self.refuse("kind", f"{x!r}, as this library has it here", found)
+
     def flag(self, name: str, x: bool) -> bool:
         """Yes or no."""
         found = self.value(name, x)
@@ -143,12 +152,15 @@ class Archive:
 class Writer(Archive):
     """Takes note of what is to be written; arrays leave the device when their turn comes."""
 
-    def __init__(self, rows: int, columns: int, dtype: str, library: Library) -> None:
-        super().__init__(rows, columns, dtype)
+    def __init__(self, columns: int, library: Library) -> None:
+        super().__init__(0, columns, "")
         self.library = library
         self.values: dict[str, Any] = {}
         self.entries: list[Entry] = []
         self.codes: list[Entry] = []
+
+    def begin(self, rows: int, dtype: str) -> None:  # noqa: D102 - as `Archive` says
+        self.rows, self.dtype = rows, dtype
 
     def value(self, name: str, x: Any) -> Any:  # noqa: D102 - as `Archive` says
         self.values[self.place + name] = x
@@ -207,9 +219,9 @@ class Reader(Archive):
         full = self.place + name
         known = (dtype,) if isinstance(dtype, str) else dtype
         there = self.file.tensors.get(full)
-        sizes = tuple(n for n in shape if n is not None)
-        if there is None and packed and full + DEFLATED in self.rest and len(sizes) == len(shape):
+        if there is None and packed and full + DEFLATED in self.file.tensors:
             self.rest.discard(full + DEFLATED)
+            sizes = tuple(n or 0 for n in shape or ())  # those of codes are all known
             return self.make(self.file.inflate(full, known[0], sizes), known[0])
         if there is None:
             self.refuse(name, "a tensor", None)
@@ -243,6 +255,18 @@ class Reader(Archive):
         place = f"{self.file.path}: {self.place}{name}"
         raise CacheFileError(f"{place}: expected {expected}, got {got!r:.60}; make the file again")
 
+    def ids(self, vocab_size: int) -> list[list[int]]:
+        """The token ids of each row; a vocabulary of 0 is not known.
+
+        Raises:
+            CacheFileError: If some are in no vocabulary of that size.
+        """
+        x = self.file.read("tokens", mapped=False)
+        self.rest.discard("tokens")
+        if int(x.min()) < 0 or (vocab_size and int(x.max()) >= vocab_size):
+            self.refuse("tokens", f"ids below {vocab_size}", (int(x.min()), int(x.max())))
+        return [[int(i) for i in row] for row in x]
+
     def end(self) -> None:
         """That all tensors were asked for.
 
@@ -255,9 +279,10 @@ class Reader(Archive):
 
 def _fit(archive: Archive, name: str, x: Tensor, known: tuple[str, ...], shape: Shape) -> None:
     """That a tensor is what it must be."""
-    fits = len(x.shape) == len(shape) and all(
-        wanted in (None, n) for n, wanted in zip(x.shape, shape, strict=True)
+    fits = shape is None or (
+        len(x.shape) == len(shape)
+        and all(wanted in (None, n) for n, wanted in zip(x.shape, shape, strict=True))
     )
     if x.dtype not in known or not fits:
-        wanted = [n if n is not None else "any" for n in shape]
+        wanted = ["any" if n is None else n for n in shape or (None,)]
         archive.refuse(name, f"{' or '.join(known)} {wanted}", f"{x.dtype} {list(x.shape)}")

@@ -16,13 +16,13 @@ What is in a buffer behind the live tokens is not part of a state.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from kvc.backends.base import Array
+from kvc.backends.base import Array, ops_of
 from kvc.methods.gear import Gear
 from kvc.ops.merge import Thresholds
 from kvc.ops.quant import Role
@@ -42,32 +42,83 @@ from kvc.store.watch import Watch
 ROLES: tuple[Role, Role] = ("k", "v")
 
 
-def walk_size(ar: Archive, slot: Slot) -> tuple[int, int]:
-    """Heads of a layer, and channels of a head: `size`.
+def walk_sizes(
+    ar: Archive, slots: Sequence[Slot], names: Sequence[str]
+) -> dict[int, tuple[int, int]]:
+    """Heads, and channels of a head, of the layers that have tokens of their own.
+
+    Args:
+        ar: Of the whole store.
+        slots: The store's.
+        names: Of its layers.
 
     Raises:
         CacheFileError: If a file has no such numbers.
     """
-    rooms = [room for whole in slot.whole.values() for room in whole]
-    x = rooms[0].x if rooms else _keys_of(slot.groups[0][1]) if slot.groups else None
-    sizes = [] if x is None else [int(x.shape[1]), int(x.shape[3])]
-    heads, head_dim = ar.numbers("size", sizes, 2, 1, 2**20)
-    return heads, head_dim
+    found: dict[int, tuple[int, int]] = {}
+    for slot in slots:
+        x = _keys_of(slot)
+        if slot is slots[0] and x is not None:
+            rows = sum(len(rows) for rows, _ in slot.groups) or x.shape[0]
+            ar.begin(int(rows), ops_of(x).dtype_name(x))
+        sizes = [] if x is None else [int(x.shape[1]), int(x.shape[3])]
+        heads, head_dim = ar.at(names[slot.layers[0]]).numbers("size", sizes, 2, 1, 2**20)
+        found |= dict.fromkeys(slot.layers, (heads, head_dim))
+    return found
 
 
-def walk_slot(ar: Archive, x: Slot, names: Sequence[str], size: tuple[int, int], kept: int) -> Slot:
+def _keys_of(slot: Slot) -> Array | None:
+    """Keys of the shallowest layer that are as they came."""
+    for k, _ in slot.whole.values():
+        return k.x
+    for _, unit in slot.groups:
+        face: Any = unit.faces[0]
+        return face.k if isinstance(unit, Evicting) else face.k.window.x
+    return None
+
+
+def walk_prompt(
+    ar: Archive, prefill: str, lone_tail: bool, slots: Sequence[Slot]
+) -> tuple[str, bool]:
+    """How prompts are read, and whether their last token comes alone; the slots follow.
+
+    Libraries differ in that. What a file's library says of a prompt that may go on is kept: one
+    without lone tokens has ended it, where one with them would wait for another.
+
+    Raises:
+        CacheFileError: If a file does not say.
+    """
+    found = ar.value("prefill", prefill)
+    if found not in ("exact", "stream"):
+        ar.refuse("prefill", "exact or stream", found)
+    theirs = ar.flag("lone_tail", lone_tail)
+    for slot in slots if ar.reading else ():
+        if slot.in_prompt and lone_tail and not theirs:
+            slot.last = min(slot.last, 1)
+    waits = theirs and any(slot.in_prompt and slot.last > 1 for slot in slots)
+    return found, lone_tail or waits
+
+
+def walk_slot(
+    ar: Archive,
+    x: Slot,
+    all_names: Sequence[str],
+    sizes: Mapping[int, tuple[int, int]],
+    kept: int,
+) -> Slot:
     """A slot with what an archive has of it; one that is read must be empty before.
 
     Args:
         ar: Of the whole store.
         x: The store's.
-        names: Of the slot's layers.
-        size: Heads, and channels of a head.
+        all_names: Of the store's layers.
+        sizes: Heads, and channels of a head, by layer.
         kept: Tokens that its method keeps beyond the newest, if it evicts.
 
     Raises:
         CacheFileError: If a file has none of that shape.
     """
+    names, size = [all_names[layer] for layer in x.layers], sizes[x.layers[0]]
     own, T = ar.at(names[0]), ar.columns
     whole = Sizes(ar.rows, T, *size, ar.dtype)
     own.check_room("kept", math.prod((ar.rows, kept, *size)) // 2)  # of 2 bits, K and V
@@ -121,12 +172,6 @@ def _groups(ar: Archive, x: list[Any]) -> list[tuple[list[int], int]]:
     if found and (any(type(row) is not int for row in rows) or sorted(rows) != [*range(ar.rows)]):
         ar.refuse("groups", f"each of {ar.rows} rows once", found)
     return [(list(some), n) for some, n in found]
-
-
-def _keys_of(unit: Unit) -> Array:
-    """Keys of the shallowest layer that are as they came."""
-    face: Any = unit.faces[0]
-    return face.k if isinstance(unit, Evicting) else face.k.window.x
 
 
 def _tokens_of(unit: Unit) -> int:

@@ -17,7 +17,7 @@ from kvc.store.evicting import Evicting
 from kvc.store.pair import Pair
 from kvc.store.report import Report, measure
 from kvc.store.slot import Slot, Whole
-from kvc.store.state import walk_size, walk_slot
+from kvc.store.state import walk_prompt, walk_sizes, walk_slot
 from kvc.store.tokens import Series, Tokens
 from kvc.store.unit import Query, Unit
 from kvc.store.watch import Watch
@@ -270,19 +270,18 @@ class KVStore:
             CacheFileError: if a file does not hold the state of such a store.
         """
         names = [f"layers.{number}" for number in self._numbers]
-        sizes = {i: walk_size(archive.at(names[i]), self._slot_of[i]) for i in self._slot_of}
+        sizes = walk_sizes(archive, self._slots, names)
         if isinstance(archive, Reader):
             for layer, owner in enumerate(self._owners):
                 self._begin(layer, archive.token(*sizes[owner]))
-                self._lengths[layer] = archive.columns
         kept = int(self.method.memory.heavy) if self.method.memory else 0
-        slots = []
-        for slot in self._slots:
-            own = [names[layer] for layer in slot.layers]
-            slots.append(walk_slot(archive, slot, own, sizes[slot.layers[0]], kept))
+        slots = [walk_slot(archive, slot, names, sizes, kept) for slot in self._slots]
+        prompt = walk_prompt(archive, self.prefill, self.lone_tail, slots)
         if isinstance(archive, Reader):
-            self._slots = slots
+            self.changes += 1
+            self._slots, (self.prefill, self.lone_tail) = slots, prompt
             self._slot_of = {layer: slot for slot in slots for layer in slot.layers}
+            self._lengths = [archive.columns] * len(self._owners)
 
     def report(self) -> Report:
         """Bytes by part and by layer, and the dense cache's."""
