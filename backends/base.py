@@ -157,15 +157,13 @@ class Event:
 
     Attributes:
         key: The sequence, as `Batch.add` named it.
-        kind: `prefill`: a piece of the prompt is done. `segment`: one of its segments is. `token`:
-            a token is there, the one that stops it too. `end`, `error`: nothing more will come.
-        done: Of `prefill`: tokens of the prompt up to now, of `total`.
-        index: Of `segment`: which.
-        finish: Of `end`: "stop" where a stop token came, "length" where `max_tokens` were made.
-        cache: Of `segment`: a copy of the cache up to there. Of `end`: the cache itself.
-        ids: With a cache: the tokens that it holds behind those that it came with; the last one
-            that was generated may be missing.
-        error: Of `error`: what one sequence's own work raised; all others go on.
+        kind: `prefill`: a piece of the prompt is done. `segment`: one of its segments is, but the
+            last. `token`: one is there, the one that stops it too. `end`, `error`: all is said.
+        done: Of `prefill`: tokens of the prompt up to now, of `total`. `index`: the segment's.
+        finish: "stop" where a stop token came, "length" where `max_tokens` were made.
+        cache: Of `segment` a copy up to there, of `end` the cache itself.
+        ids: What it holds behind what it came with; the last token generated may be missing.
+        error: What this sequence's work raised; all others go on.
     """
 
     key: int
@@ -196,16 +194,11 @@ class Batch(Protocol):
         seed: int | None = None,
         stop_tokens: Sequence[int] | None = None,
     ) -> int:
-        """Queues a prompt and returns its key.
+        """Queues the rest of a prompt and returns the sequence's key.
 
-        Args:
-            segments: The prompt less what the cache holds, cut where copies of it are wanted.
-            cache: Of one row, from `make_cache` or from an `Event`; the batch owns it from now on.
-            max_tokens: How many tokens to generate at most.
-            temp: Of the samples; 0 takes the likeliest token.
-            top_p: Samples come from the likeliest tokens with this much probability together.
-            seed: Of the samples of this sequence.
-            stop_tokens: What ends it; by default the model's own.
+        `segments` are cut where copies of the cache are wanted. The cache, of one row, is from
+        `make_cache` or an `Event`, and the batch's own from now on. `stop_tokens` end the text, by
+        default the model's; all else is as in `Engine.stream`, for this sequence alone.
 
         Raises:
             ConfigError: If there is no token in the prompt, or none may be generated.
@@ -278,6 +271,9 @@ class Engine(Protocol):
         on_prefill: Callable[[int, int], None] | None,
     ) -> Iterator[Piece]:
         """Generates; `on_prefill(done, total)` hears of every piece of the prompt."""
+
+    def batch(self, *, limit: int = 16, prefill_step: int = 512) -> Batch:
+        """Generates up to `limit` sequences together, of one method or several."""
 
     def logits(self, ids: np.ndarray[Any, Any], cache: Any) -> Array:
         """One pass over tokens that come after those in the cache.

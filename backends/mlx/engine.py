@@ -15,10 +15,12 @@ import numpy as np
 from mlx_lm.sample_utils import make_sampler
 
 from kvc.backends.base import Message, ModelShape, Piece, chunk_size
-from kvc.backends.mlx.cache import make_cache, shape_of
+from kvc.backends.mlx.batch import Runner
+from kvc.backends.mlx.cache import joins, make_cache, shape_of
 from kvc.backends.mlx.entry import KVCEntry, name_of
 from kvc.backends.mlx.projections import output_projection
 from kvc.backends.text import Text, chat_ids
+from kvc.backends.turns import Turns
 from kvc.errors import BackendError, ConfigError
 from kvc.methods import Method
 from kvc.store.store import KVStore
@@ -118,6 +120,13 @@ class Engine:
         text = Text(self.tokenizer, ids)  # mlx-lm's own would drop the first one's leading space
         for piece in pieces:
             yield Piece(text.add(piece.token), piece.token)
+
+    def batch(self, *, limit: int = 16, prefill_step: int = 512) -> Turns:
+        """Generates up to `limit` sequences together; one, where the model's cannot be joined."""
+        joined = joins(self.model)
+        runner = Runner(self.model, joined)
+        stop = sorted(self.tokenizer.eos_token_ids)
+        return Turns(runner, self.tokenizer, stop, limit if joined else 1, prefill_step)
 
     def logits(self, ids: np.ndarray[Any, Any], cache: Sequence[Any]) -> Any:
         """One pass over tokens that come after those in the cache.

@@ -8,7 +8,7 @@ all masks, so that sliding layers, sinks and soft caps keep their own code.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from transformers.modeling_utils import (
 )
 
 from kvc.errors import ConfigError
+from kvc.store.batch import attend_rows
 
 if TYPE_CHECKING:
     from kvc.store.store import KVStore
@@ -45,6 +46,19 @@ class Handle:
         return self.shape if dim is None else self.shape[dim]
 
 
+class RowsHandle(Handle):
+    """Stands for what a layer holds of rows that have a store each and bring one token each."""
+
+    __slots__ = ("stores",)
+
+    def __init__(self, stores: Sequence["KVStore"], layer: int, new: torch.Tensor) -> None:
+        batch, n_heads, _, head_dim = new.shape
+        self.stores, self.layer, self.always_attend = stores, layer, False
+        columns = max(store.length(layer) for store in stores)
+        self.shape = torch.Size((batch, n_heads, columns, head_dim))
+        self.dtype, self.device = new.dtype, new.device
+
+
 def attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -65,7 +79,28 @@ def attention(
     plain = _implementation(module, stands_for)
     if not isinstance(key, Handle):
         return plain(module, query, key, value, attention_mask, *args, **kwargs)
-    store, layer = key.store, key.layer
+    if isinstance(key, RowsHandle):  # one query sees all of its row: there is nothing to mask
+
+        def own(store: "KVStore", q: torch.Tensor) -> torch.Tensor:
+            return _answer(plain, module, key, store, q, None, args, kwargs)[0].transpose(1, 2)
+
+        out = attend_rows(key.stores, query, [1] * len(key.stores), own)
+        return out.transpose(1, 2).contiguous(), None
+    return _answer(plain, module, key, key.store, query, attention_mask, args, kwargs)
+
+
+def _answer(
+    plain: Callable[..., Any],
+    module: nn.Module,
+    key: Handle,
+    store: "KVStore",
+    query: torch.Tensor,
+    attention_mask: Any,
+    args: Any,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What one store answers, or `plain` over its tokens while they are as they came."""
+    layer = key.layer
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")

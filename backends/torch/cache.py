@@ -3,6 +3,7 @@
 Both modes (see entry.py) must give the logits that the plain library gives.
 """
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,7 @@ from kvc.backends.torch.projections import (
     put_gates,
     skip,
 )
+from kvc.backends.torch.rows import KVCRows
 from kvc.errors import ConfigError
 from kvc.methods import Method, parse
 
@@ -52,7 +54,7 @@ class _Watch:
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = next((x for x in args if isinstance(x, KVCCache)), None)
-        if not isinstance(cache, KVCCache):
+        if not isinstance(cache, KVCCache | KVCRows):
             skip(self.gates, ())
             return
         skip(self.gates, cache.sharers)
@@ -61,6 +63,8 @@ class _Watch:
                 "kvc: the attention implementation was changed after this cache was made; "
                 "make a new one"
             )
+        if isinstance(cache, KVCRows):
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
         ids = ids if ids is not None else kwargs.get("inputs_embeds")
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -105,6 +109,7 @@ def make_cache(
         put_gates(model, cache.sharers)
         watch(model)
         if free:
+            joins(model)  # the trial reads the weights
             free_projections(model, cache.sharers)
     return cache
 
@@ -164,6 +169,43 @@ def model_fit(model: PreTrainedModel) -> Fit:
     raise ConfigError(f"kvc: {type(model).__name__} cannot use this cache ({'; '.join(reasons)})")
 
 
+def joins(model: PreTrainedModel) -> bool:
+    """Whether sequences can be generated together: a trial's result, remembered on the model.
+
+    Layers that keep the library's own cache cannot: its rows are all of one length.
+    """
+    known: bool | None = vars(model).get("_kvc_joins")
+    if known is None:
+        known = vars(model)["_kvc_joins"] = _joins(model, model_fit(model).mode)
+    return known
+
+
+@torch.no_grad()
+def _joins(model: PreTrainedModel, mode: str) -> bool:
+    if mode == "handle":
+        install(model)
+    ids = (torch.arange(6, device=model.device)[None] * 37 + 11) % model_fit(model).shape.vocab_size
+    rows, expected = [], []
+    if KVCCache(model.config, parse("none"), "exact", mode).others:
+        return False
+    try:
+        for n in (5, 3):
+            rows.append(KVCCache(model.config, parse("none"), "exact", mode))
+            model(ids[:, :n], past_key_values=rows[-1], use_cache=True)
+            alone = copy.deepcopy(rows[-1])
+            expected.append(model(ids[:, n : n + 1], past_key_values=alone, use_cache=True).logits)
+        both = KVCRows(rows)
+        got = model(**both.inputs([int(ids[0, 5]), int(ids[0, 3])], model)).logits
+    except Exception:  # any code of any model runs here
+        return False
+    return _off(got, torch.cat(expected)) <= TRIAL_TOL.get(model.dtype, 1e-3)
+
+
+def _off(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of logits, relative to the largest."""
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
 def _shape(model: PreTrainedModel, cache: KVCCache) -> ModelShape:
     """The model's sizes, those of keys from a cache that the model has filled."""
     config = model.config.get_text_config(decoder=True)
@@ -192,7 +234,7 @@ def _trial(model: PreTrainedModel, cache: KVCCache, expected: torch.Tensor) -> s
         return in_short(error)
     if cache.store.length(0) != 7:
         return "the model does not fill the cache"
-    off = float((got - expected).abs().max() / expected.abs().max())
+    off = _off(got, expected)
     tol = TRIAL_TOL.get(model.dtype, 1e-3)
     return None if off <= tol else f"logits differ by {off:.1e} of the largest"
 

@@ -20,10 +20,12 @@ from transformers import (
 from kvc.backends.base import Message, ModelShape, Piece, chunk_size
 from kvc.backends.text import Text, chat_ids
 from kvc.backends.torch.attention import decoder_of
-from kvc.backends.torch.cache import make_cache, shape_of
+from kvc.backends.torch.batch import Runner
+from kvc.backends.torch.cache import joins, make_cache, shape_of
 from kvc.backends.torch.entry import KVCCache
 from kvc.backends.torch.projections import output_projection
 from kvc.backends.torch.stream import OnPrefill, stream
+from kvc.backends.turns import Turns
 from kvc.errors import BackendError, ConfigError
 from kvc.methods import Method
 from kvc.store.store import KVStore
@@ -189,6 +191,13 @@ class Engine:
             max_tokens, temp, top_p, chunk_size(len(ids), prefill_step)
         )
         return stream(self.model, ids, cache, config, Text(self.tokenizer, ids), on_prefill)
+
+    def batch(self, *, limit: int = 16, prefill_step: int = 512) -> Turns:
+        """Generates up to `limit` sequences together; one, where the model's cannot be joined."""
+        stop = self._generation_config(1, 0.0, 1.0, 1).eos_token_id
+        stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
+        limit = limit if joins(self.model) else 1
+        return Turns(Runner(self.model), self.tokenizer, stop, limit, prefill_step)
 
     def _generation_config(
         self, max_tokens: int, temp: float, top_p: float, chunk: int

@@ -5,6 +5,7 @@ In "handle" mode a layer gives out handles (see attention.py); models whose atte
 from outside get tensors that the store builds, which is "dense" mode.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -121,6 +122,14 @@ class KVCCache(Cache):
         self.others = [layer for layer in layers if not isinstance(layer, KVCLayer)]
         owners = map(self.store.owner, range(len(ours)))
         self.sharers = frozenset(ours[j] for j, owner in enumerate(owners) if owner != j)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KVCCache":
+        """The same tokens in a cache of its own, which records steps anew."""
+        new = memo[id(self)] = copy.copy(self)
+        memo[id(self.steps)] = None
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new.steps = self.steps and Steps(new, self.steps.record)
+        return new
 
     def note_mask(self, mask: torch.Tensor | None, n_new: int) -> None:
         """Remember where the next `n_new` tokens have left padding, from the 2-D mask."""
