@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from kvc.methods.base import Method
     from kvc.store.store import KVStore
 
-Array = (
-    Any  # numpy.ndarray, mlx.core.array or torch.Tensor: kvc never imports what the user has not
-)
+Array = Any  # of numpy, mlx or torch: kvc never imports what the user has not
 
 Message = Mapping[str, str]  # of a conversation: "role" and "content", as chat templates read them
 
@@ -225,7 +223,8 @@ class Engine(Protocol):
     """A loaded model with its tokenizer, run by its own library."""
 
     name: str
-    tokenizer: Any  # the library's own
+    model: Any  # the library's own, as the tokenizer
+    tokenizer: Any
     chat_template: str | None  # Jinja, in place of the model's own; None: the model's own
 
     @property
