@@ -72,7 +72,7 @@ def fit(engine: Engine, ids: NDArray[np.int32], method: Method, context: int, ca
 
 def weight_bytes(engine: Engine) -> int:
     """Bytes of a model's weights, as they are loaded."""
-    model = engine.model  # type: ignore[attr-defined]
+    model = engine.model
     if engine.name == "mlx":
         flat = import_module("mlx.utils").tree_flatten(model.parameters())
         return sum(int(x.nbytes) for _, x in flat)
