@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from kvc.cli.bench import bench
+from kvc.cli.cache import cache
 from kvc.cli.eval import evaluate
 from kvc.cli.generate import generate
 from kvc.cli.info import info
@@ -48,6 +49,7 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(cache)
 main.add_command(evaluate)
 main.add_command(generate)
 main.add_command(info)

@@ -1,4 +1,4 @@
-"""What `kvc info` says of a file of LESS kernels, a KVSharer map or a profile."""
+"""What `kvc info` says of a file: LESS kernels, a KVSharer map, a profile, a cache."""
 
 from __future__ import annotations
 
@@ -13,15 +13,24 @@ from kvc.cli.run import hush, in_units
 
 
 def show_artifact(name: str, as_json: bool) -> None:
-    """Explains an artifact, a file or one of the hub, for a reader or as one JSON object.
+    """Explains an artifact or a cache file, for a reader or as one JSON object.
+
+    An artifact is a file or one of the hub.
 
     Raises:
         ArtifactError: If there is none, it cannot be had, or it is damaged.
     """
+    from kvc.cli.cache import show
     from kvc.files import KERNELS, PROFILE, facts
+    from kvc.files.cache import is_cache
     from kvc.hub import load_artifact
 
     hush()
+    if is_cache(name):
+        from kvc import saving
+
+        show(saving.facts(name), as_json)
+        return
     found = {"artifact": name, **facts(load_artifact(name))}
     if as_json:
         click.echo(json.dumps(found, indent=1))

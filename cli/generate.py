@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 
 import click
+from click.core import ParameterSource
 
 from kvc.cli.options import (
     backend_option,
@@ -21,6 +22,7 @@ from kvc.cli.options import (
 )
 from kvc.cli.prompt import encode, read_prompt, read_settings
 from kvc.cli.run import Stats, hush, load, run
+from kvc.errors import ConfigError
 
 
 @click.command()
@@ -30,6 +32,12 @@ from kvc.cli.run import Stats, hush, load, run
 @model_option
 @method_option
 @settings_option
+@click.option(
+    "--cache",
+    "cache_file",
+    metavar="FILE.kvc",
+    help="Go on behind the text of a cache file, which stays as it is; its method is taken.",
+)
 @prefill_option
 @prefill_step_option
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
@@ -52,6 +60,7 @@ def generate(
     model: str | None,
     method: str,
     settings: tuple[str, ...],
+    cache_file: str | None,
     prefill: str,
     prefill_step: int,
     max_tokens: int,
@@ -68,19 +77,39 @@ def generate(
 
     Example: kvc generate "It was a dark night" --method gear --set bits=4
     """
+    from kvc.api import load_cache
     from kvc.methods import parse
+    from kvc.text import split_start
 
     text = read_prompt(prompt, prompt_file)
     hush(quiet)
-    parsed = parse(method, read_settings(settings))
+    given, held = read_settings(settings), 0
+    if cache_file is None:
+        parsed = parse(method, given)
+    else:
+        method, of_file = check_file(cache_file, given)
+        dtype = dtype or of_file
     engine = load(backend, model, dtype, quiet)
-    ids = encode(engine, text, chat)
+    ids = encode(engine, text, chat if cache_file is None else bool(chat))
+    if cache_file is None:
+        cache = engine.make_cache(parsed, prefill, free=True, graph=graph)
+    else:
+        ids = split_start(engine, ids)[1]  # the text has begun in the file
+        cache, tokens = load_cache(
+            engine.model, cache_file, kernels=given.get("less.kernels"), free=True, graph=graph
+        )
+        held = len(tokens)
     limit = engine.context_length
-    if limit is not None and len(ids) + max_tokens > limit:
-        max_tokens = max(1, limit - len(ids))
+    if limit is not None and held + len(ids) + max_tokens > limit:
+        max_tokens = limit - held - len(ids)
+        if held and max_tokens < 1:
+            raise ConfigError(
+                f"generate: {cache_file} has {held} tokens, the prompt {len(ids)} and the model's "
+                f"context {limit}; shorten the prompt, or make a file of less text"
+            )
+        max_tokens = max(1, max_tokens)
         if not quiet:
             click.echo(f"kvc: the context of {limit} has room for {max_tokens} tokens", err=True)
-    cache = engine.make_cache(parsed, prefill, free=True, graph=graph)
     stats = Stats(engine.name, method, len(ids))
     shown: list[str] = []
 
@@ -93,10 +122,34 @@ def generate(
     run(engine, ids, cache, stats, show, quiet, prefill_step=prefill_step, **sampling)
     stats.measure(engine, cache)
     if as_json:
-        click.echo(json.dumps({"text": "".join(shown), **asdict(stats)}))
+        known = {"cache": cache_file, "cache_tokens": held} if cache_file else {}
+        click.echo(json.dumps({"text": "".join(shown), **known, **asdict(stats)}))
     else:
         click.echo()
     if not quiet and not as_json:
         click.echo(stats.lines(), err=True)
+        if cache_file:
+            click.echo(f"file     {held} tokens in {cache_file}", err=True)
     if stats.interrupted:
         click.get_current_context().exit(130)
+
+
+def check_file(path: str, settings: dict[str, str]) -> tuple[str, str]:
+    """The method and the dtype of a cache file, before a model is loaded.
+
+    Raises:
+        CacheFileError: If it is damaged or there is none.
+        ConfigError: If it holds several texts, or options say what the file does.
+    """
+    from kvc.saving import facts
+
+    context = click.get_current_context()
+    for name in ("method", "prefill"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise ConfigError(f"generate: --cache {path} has its {name}; leave out --{name}")
+    if others := [key for key in settings if key != "less.kernels"]:
+        raise ConfigError(f"generate: --cache {path} has its settings; leave out --set {others[0]}")
+    found = facts(path)
+    if found["rows"] != 1:
+        raise ConfigError(f"--cache {path}: expected one text, got {found['rows']} rows")
+    return found["name"], found["dtype"]

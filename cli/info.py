@@ -183,7 +183,7 @@ def info(artifact: str | None, model: str | None, backend: str, as_json: bool) -
     """Show the backends found, and which ops have kernels there; or a model; or ARTIFACT.
 
     ARTIFACT is a file of LESS kernels, a KVSharer map or a profile of kvc tune, or a repository of
-    the Hugging Face hub with one.
+    the Hugging Face hub with one; or a cache file.
 
     Example: kvc info --json
     """

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from kvc import demo
 from kvc.errors import CacheFileError, KVCError
-from kvc.files.cache import CacheFile, Entry, deflated, open_cache, write_cache
+from kvc.files.cache import DEFLATED, CacheFile, Entry, deflated, open_cache, write_cache
 from kvc.files.header import CACHE, header_of
 from kvc.methods import Method, parse
 from kvc.store.archive import Archive, Reader, Writer
@@ -85,23 +85,12 @@ def load(
                 f"{path}: expected keys and values in {dtype}, as this model has them, got "
                 f"{reader.dtype}; load the model in {reader.dtype}"
             )
-        try:
-            method = method_of_file(file, kernels)
+        method = method_of_file(file, kernels)
+        _check_sizes(reader, shape.full_layers[0], (shape.n_kv_heads, shape.head_dim))
+        with _of_file(file):
             cache = adapter.make_cache(model, method, **options)
-        except CacheFileError:
-            raise
-        except KVCError as error:
-            raise CacheFileError(f"{path}: its method does not work here: {error}") from None
-        store = saved.store_of(cache)
-        lead = (shape.n_kv_heads, shape.head_dim)
-        _check_sizes(reader, shape.full_layers[0], lead)
-        try:
-            store.exchange(reader)
-        except CacheFileError:
-            raise
-        except KVCError as error:
-            raise CacheFileError(f"{path}: its state does not fit: {error}") from None
-        saved.exchange(reader, cache)
+            saved.store_of(cache).exchange(reader)
+            saved.exchange(reader, cache)
         ids = reader.ids(shape.vocab_size)
         reader.end()
     return cache, ids[0] if len(ids) == 1 else ids
@@ -126,7 +115,41 @@ def written(method: Method) -> dict[str, Any]:
     }
     if settings.get("less.kernels"):
         settings["less.kernels"] = str(Path(settings["less.kernels"]).absolute())
-    return {"method": "+".join(p.section for p in method.parts) or "none", "settings": settings}
+    text = "+".join(part.section for part in method.parts) or "none"
+    return {"name": method.name, "method": text, "settings": settings}
+
+
+def facts(path: str | Path) -> dict[str, Any]:
+    """What a reader wants to know of a cache file, ready for JSON.
+
+    `name` is the method as its user wrote it; `method` and `settings` what it stands for, as far as
+    it differs from that method's defaults; `tokens` are those of one row.
+
+    Raises:
+        CacheFileError: If there is no such file or it is damaged.
+    """
+    with open_cache(path) as file:
+        text, settings = _described(file)
+        reader = Reader(file, lambda x, _: x, mapped=False)
+        with _of_file(file):
+            plain = dict(written(parse(text))["settings"])
+            parse(text, {key: x for key, x in settings.items() if key != "less.kernels"})
+        return {
+            "file": str(path),
+            "kind": CACHE,
+            "model": file.header["model"],
+            "name": str(file.json("method").get("name", text)),
+            "method": text,
+            "settings": {key: x for key, x in settings.items() if plain.get(key, x) != x},
+            "tokens": reader.columns,
+            "rows": reader.rows,
+            "dtype": reader.dtype,
+            "bytes": file.size,
+            "deflated": any(name.endswith(DEFLATED) for name in file.tensors),
+            "library": file.header["library"],
+            "version": file.header["version"],
+            "checksum": file.header["checksum"],
+        }
 
 
 def method_of_file(file: CacheFile, kernels: str | Path | None = None) -> Method:
@@ -137,32 +160,48 @@ def method_of_file(file: CacheFile, kernels: str | Path | None = None) -> Method
         kernels: Those of LESS, if they are not where they were; the checksum must be the same.
 
     Raises:
-        KVCError: If there is none, or its kernels cannot be had.
+        CacheFileError: If there is none, or its kernels cannot be had.
     """
+    text, settings = _described(file)
+    if file.header["kernels"]:
+        settings["less.kernels"] = _kernels(file, settings, kernels)
+    elif settings.get("less.kernels") or kernels is not None:
+        raise CacheFileError(f"{file.path}: expected no kernels, as it was made without, got some")
+    with _of_file(file):
+        return parse(text, settings)
+
+
+@contextmanager
+def _of_file(file: CacheFile) -> Iterator[None]:
+    """What is refused of a file's method or state, as the file's fault."""
+    try:
+        yield
+    except CacheFileError:
+        raise
+    except KVCError as error:
+        raise CacheFileError(f"{file.path}: it does not work here: {error}") from None
+
+
+def _described(file: CacheFile) -> tuple[str, dict[str, Any]]:
+    """The method's text and settings: plain values, of which none costs more than it is long."""
     found = file.json("method")
-    text, settings = found.get("method"), found.get("settings")
-    if type(text) is not str or not isinstance(settings, dict):
+    text, settings = str(found.get("method")), found.get("settings")
+    printable = str(found.get("name", "")).isprintable()
+    if not isinstance(settings, dict) or not _NAME.fullmatch(text) or not printable:
         raise CacheFileError(
             f"{file.path}: method: expected a name and settings, got {found!r:.60}"
         )
-    _check_settings(file, settings)
-    if file.header["kernels"]:
-        settings = {**settings, "less.kernels": _kernels(file, settings, kernels)}
-    elif settings.get("less.kernels") or kernels is not None:
-        raise CacheFileError(f"{file.path}: expected no kernels, as it was made without, got some")
-    return parse(str(text), settings)
-
-
-def _check_settings(file: CacheFile, settings: Mapping[str, Any]) -> None:
-    """That settings are plain values, and no text in them is worth more work than it is long."""
     texts = {"kvsharer.map": _MAP, "gear.layer_bits": _LAYER_BITS}
     for key, x in settings.items():
-        plain = type(x) in (str, int, float, bool)
+        plain = type(x) in (str, int, float, bool) and str(x).isprintable()
         if not plain or (key in texts and not texts[key].fullmatch(str(x))):
-            raise CacheFileError(f"{file.path}: method: expected a setting, got {key}={x!r:.60}")
+            raise CacheFileError(
+                f"{file.path}: method: expected a setting, got {key!r:.60} = {x!r:.60}"
+            )
+    return text, settings
 
 
-def _kernels(file: CacheFile, settings: Mapping[str, Any], given: str | Path | None) -> str:
+def _kernels(file: CacheFile, settings: dict[str, Any], given: str | Path | None) -> str:
     """Where the kernels are that a file was made with."""
     bundled = demo.path().glob("less-*.safetensors")
     known: list[str | Path] = [str(settings.get("less.kernels", "")), *sorted(bundled)]

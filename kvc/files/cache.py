@@ -19,7 +19,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -147,6 +147,15 @@ def open_cache(path: str | Path) -> Iterator[CacheFile]:
         raise CacheFileError(f"{path}: cannot read it: {reason(error)}") from None
     with file:
         yield CacheFile(path, file)
+
+
+def is_cache(path: str | Path) -> bool:
+    """Whether a file says that it is a cache; it may be damaged still."""
+    if not Path(path).is_file():
+        return False
+    with suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
+        return (file.metadata() or {}).get("kind") == CACHE
+    return False
 
 
 class CacheFile:
