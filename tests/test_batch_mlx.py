@@ -124,6 +124,38 @@ def test_families_get_what_they_get_alone(family: str) -> None:
     assert [run.tokens[key] for key in keys] == expected
 
 
+class Letters:
+    """A tokenizer that spells ids."""
+
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return "".join(chr(0x4E00 + token) for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("family", "limit"), [("gemma3_text", 4), ("qwen3_5", 4), ("gemma2", 1), ("gpt_bigcode", 1)]
+)
+def test_engines_batch_joins_what_the_library_can_join(family: str, limit: int) -> None:
+    """gemma2 and gpt_bigcode take no batch of mlx-lm's own caches either."""
+    engine = Engine(tiny(family), Letters())
+    method = parse("gear", {"bits": 8, "group_size": 8, "buffer": 8})
+    expected = [alone(engine.model, engine.make_cache(method), prompt, 6) for prompt in PROMPTS]
+    batch = engine.batch(limit=4, prefill_step=STEP)
+    assert batch.batch_limit == limit
+    keys = [batch.add([p], engine.make_cache(method), max_tokens=6) for p in PROMPTS]
+    found: dict[int, list[int]] = {key: [] for key in keys}
+    offsets: dict[int, set[int]] = {}
+    while events := batch.step():
+        for event in events:
+            if event.piece:
+                found[event.key].append(event.piece.token)
+            elif event.kind == "end":  # whichever entries hold its layers, ours or not
+                offsets[event.key] = {e.offset for e in event.cache if hasattr(e, "offset")}
+    assert [found[key] for key in keys] == expected
+    assert [offsets[key] for key in keys] == [{len(prompt) + 6} for prompt in PROMPTS]
+
+
 def test_rows_of_different_methods_and_prefills_go_together(llama: Any) -> None:
     def caches() -> list[Any]:
         kinds = (("gear", "exact"), ("gear", "stream"), ("h2o", "exact"))
