@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 
@@ -84,6 +85,12 @@ def read_size(option: str, text: str) -> int:
     help="Memory for the caches of what prompts began with; 0 keeps none.",
 )
 @click.option(
+    "--cache-dir", metavar="DIR", help="Where those go that have no room, and all at the end."
+)
+@click.option(
+    "--cache-dir-size", metavar="SIZE", default="20GB", show_default=True, help="Room there."
+)
+@click.option(
     "--chat-template", metavar="FILE", help="A Jinja template in place of the model's own."
 )
 @click.option("--api-key", envvar="KVC_API_KEY", help="What clients must show.  [or: $KVC_API_KEY]")
@@ -113,6 +120,8 @@ def serve(
     max_waiting: int,
     max_tokens: int,
     prefix_cache: str,
+    cache_dir: str | None,
+    cache_dir_size: str,
     chat_template: str | None,
     api_key: str | None,
     max_body: str,
@@ -123,17 +132,19 @@ def serve(
     """Serve a model with a compressed cache, as OpenAI's API does.
 
     Answers /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics and
-    /openapi.json. Prompts that begin alike are read once. SIGTERM or Ctrl-C lets answers end; a
-    second one ends at once.
+    /openapi.json. Prompts that begin alike are read once. SIGTERM or Ctrl-C lets answers end, and
+    keeps the caches of prompts in --cache-dir; a second one ends at once.
 
-    Example: kvc serve --method gear --port 8080 --prefix-cache 2GB
+    Example: kvc serve --method gear --port 8080 --prefix-cache 2GB --cache-dir caches
     """
     if missing := [module for module in NEEDS if not find_spec(module)]:
         raise ConfigError(
             f"serve: {missing[0]} is not installed; python3 -m pip install 'kvc[serve]'"
         )
+    from kvc.demo import path
     from kvc.methods import parse
     from kvc.serve.app import Server, Settings
+    from kvc.serve.folder import Folder
     from kvc.serve.metrics import Metrics
     from kvc.serve.model import Served
     from kvc.serve.prefixes import Prefixes
@@ -144,8 +155,10 @@ def serve(
 
     parsed = parse(method, read_settings(settings))
     budget = read_size("--prefix-cache", prefix_cache)
+    shelf_budget = read_size("--cache-dir-size", cache_dir_size)
     body = read_size("--max-body", max_body)
     template = read_text(chat_template, "--chat-template") if chat_template else None
+    folder = Path(cache_dir) if cache_dir else None
     hush(quiet)
     with bind(host, port) as bound:
 
@@ -155,7 +168,9 @@ def serve(
                 engine.chat_template = template
             served = Served(engine, parsed, prefill, prefill_step, max_batch)
             if budget:
-                served.prefixes = Prefixes(served.size, budget)
+                source = model if model is not None else str(path())
+                shelf = Folder(folder, engine, parsed, source) if folder else None
+                served.prefixes = Prefixes(served.size, budget, shelf, shelf_budget)
             return served
 
         metrics = Metrics()
@@ -165,6 +180,7 @@ def serve(
             name or model or "bundled", served.engine.context_length, max_tokens, body, api_key
         )
         server = Server(worker, Reader(served.engine), limits, metrics)
+        bound.listen()
         if not quiet:
             click.echo(
                 f"kvc: {limits.name} with {method} on {served.engine.name}, at {address(bound)}/v1",
