@@ -172,7 +172,7 @@ def serving(model: Model | Any, max_waiting: int = 4, **settings: Any) -> Iterat
         started.set()
 
     server.startup = and_tell  # type: ignore[method-assign]
-    with bind("127.0.0.1", 0) as bound, httpx.Client(base_url=address(bound)) as http:
+    with bind("127.0.0.1", 0) as bound, httpx.Client(base_url=address(bound), timeout=60) as http:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         assert started.wait(PATIENCE)

@@ -32,6 +32,9 @@ from kvc.serve.sse import SILENCE, EventStream, Mailbox, event, gone
 from kvc.serve.worker import Worker
 
 R = TypeVar("R", bound=BaseModel)
+# Below these a library's sampler would leave its numbers, or leave no token: the likeliest is all
+# that there is to be drawn.
+LEAST_TEMP, LEAST_TOP_P = 1e-3, 1e-4
 CLOSED = 499  # nobody reads it; the log and the metrics show that the client went away
 
 
@@ -141,12 +144,13 @@ class Server:
     ) -> Response:
         mailbox = Mailbox()
         temp = 1.0 if asked.temperature is None else asked.temperature
+        top_p = 1.0 if asked.top_p is None else asked.top_p
         job = Job(
             ids=ids,
             cuts=cuts,
             max_tokens=self._room(len(ids), max_tokens),
-            temp=temp,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
+            temp=temp if temp > LEAST_TEMP else 0.0,
+            top_p=max(top_p, LEAST_TOP_P),
             seed=None if asked.seed is None else asked.seed % 2**63,
             stop=asked.texts_that_stop,
             deliver=mailbox.deliver,

@@ -76,7 +76,13 @@ def describe(guarded: bool) -> dict[str, Any]:
                 }
             },
             "/health": {"get": _get("Whether the server can answer", _any(), False, 503)},
-            "/metrics": {"get": _get("Counters for Prometheus", _text("text/plain"), guarded)},
+            "/metrics": {
+                "get": _get(
+                    "Counters for Prometheus",
+                    {"text/plain": {"schema": {"type": "string"}}},
+                    guarded,
+                )
+            },
             "/openapi.json": {"get": _get("This description", _any(), guarded)},
         },
     }
@@ -88,7 +94,7 @@ def describe(guarded: bool) -> dict[str, Any]:
 def _post(
     summary: str, request: type[BaseModel], answer: type[BaseModel], guarded: bool
 ) -> dict[str, Any]:
-    content = _json(answer) | _text("text/event-stream")
+    content = _json(answer) | {"text/event-stream": {}}
     more = (400, 404, 408, 413, 415, 429, 500, 503)
     return _get(summary, content, guarded, *more) | {
         "requestBody": {"required": True, "content": _json(request)}
@@ -110,7 +116,3 @@ def _json(kind: type[BaseModel]) -> dict[str, Any]:
 
 def _any() -> dict[str, Any]:
     return {"application/json": {"schema": {"type": "object"}}}
-
-
-def _text(kind: str) -> dict[str, Any]:
-    return {kind: {"schema": {"type": "string"}}}
