@@ -188,7 +188,7 @@ class Slot:
             for face in unit.faces:
                 face.trim(n)
         self.watch.trim(n)
-        self.in_prompt = False
+        self.last, self.in_prompt = min(self.last, max(1, self.last - n)), False
         if self.whole and all(k.n == 0 for k, _ in self.whole.values()):
             self.clear()
 
