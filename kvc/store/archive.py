@@ -8,6 +8,7 @@ is of that shape.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -115,6 +116,13 @@ class Archive:
         found = self.value(name, x)
         if type(found) is not int or not least <= found <= most:
             self.refuse(name, f"a number from {least} to {most}", found)
+        return found
+
+    def real(self, name: str, x: float | None) -> float:
+        """A number that is finite."""
+        found = self.value(name, None if x is None else float(x))
+        if type(found) is not float or not math.isfinite(found):
+            self.refuse(name, "a number", found)
         return found
 
     def kind(self, x: str) -> None:

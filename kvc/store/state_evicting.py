@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -81,19 +80,12 @@ def walk_watch(ar: Archive, x: Watch, reader: int, of: Sizes) -> Watch:
     Hq, L = q.shape[1:3]
     if not Hq or Hq % of.heads or not 0 < L <= min(RECALL, of.n):
         ar.refuse("q", f"queries of {of.heads} groups and the newest tokens", list(q.shape))
-    scale = _real(ar, "scale", query and query.scale)
-    cap = ar.value("softcap", query and query.softcap)
-    softcap = None if cap is None else _real(ar, "softcap", cap)
+    scale, cap = (query.scale, query.softcap) if query else (None, None)
+    scale = ar.real("scale", scale)
+    softcap = None if ar.value("softcap", cap) is None else ar.real("softcap", cap)
     sinks = lse = None
     if ar.has("sinks", query and query.sinks):
         sinks = ar.array("sinks", query and query.sinks, FLOATS, (Hq,))
     if ar.has("lse", query and query.lse):
         lse = ar.array("lse", query and query.lse, of.wide, (of.rows, Hq, L))
     return Watch(Query(q, scale, softcap, sinks, reader, lse))
-
-
-def _real(ar: Archive, name: str, x: Any) -> float:
-    found = ar.value(name, None if x is None else float(x))
-    if type(found) is not float or not math.isfinite(found):
-        ar.refuse(name, "a number", found)
-    return found
