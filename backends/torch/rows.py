@@ -29,9 +29,10 @@ class RowsLayer(CacheLayerMixin):
     def __init__(self, rows: "KVCRows", layer: int) -> None:
         super().__init__()
         self.rows, self.layer = rows, layer
+        self.is_initialized = True  # the rows hold their prompts
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the rows hold their prompts."""
+        """Nothing is left to do."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
