@@ -16,6 +16,7 @@ import numpy as np
 
 import kvc
 import kvc.demo
+from kvc.backends.base import ops_of
 from kvc.methods import Method
 from tests.backend_table import NAMES, engines, method_of
 
@@ -40,7 +41,8 @@ class Row:
 
 def feed(engine: Any, cache: Any, ids: list[int]) -> int:
     """The likeliest token behind these, which go into the cache."""
-    return int(np.asarray(engine.logits(np.array([ids]), cache)[0, -1]).argmax())
+    found = engine.logits(np.array([ids]), cache)[0, -1]
+    return int(np.asarray(ops_of(found).to_numpy(found)).argmax())
 
 
 def greedy(engine: Any, cache: Any, token: int, n: int) -> list[int]:

@@ -24,6 +24,7 @@ import pytest
 import kvc
 from kvc.backends.base import ops_of
 from kvc.errors import CacheFileError
+from kvc.files.cache import DTYPES
 from kvc.store.archive import Writer
 from tests import cache_faults
 from tests.backend_table import PROMPT, method_of
@@ -49,7 +50,8 @@ def state(engine: Any, cache: Any) -> State:
     store = engine.store(cache)
     archive = Writer(store.length(), import_module(f"kvc.backends.{library}.saved"))
     store.exchange(archive)
-    arrays = {x.name: np.array(x.raw()) for x in [*archive.entries, *archive.codes]}
+    entries = [*archive.entries, *archive.codes]  # torch's words are signed
+    arrays = {x.name: np.array(x.raw(), order="C").view(DTYPES[x.dtype][1]) for x in entries}
     return archive.values, arrays
 
 

@@ -286,7 +286,7 @@ class Evicting:
         for name, arrays in ring.items():
             for x in arrays:
                 if x is not None:
-                    yield name, x, x.nbytes // x.shape[2] * (x.shape[2] - self.n)
+                    yield name, x, x.nbytes // max(1, x.shape[2]) * (x.shape[2] - self.n)
         yield from self.kept.parts()
         yield from self.watch.parts()
         if self.state is not None:
