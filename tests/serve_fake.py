@@ -18,10 +18,11 @@ from kvc.backends.base import Event, Piece
 from kvc.errors import ConfigError, KVCError
 from kvc.serve.app import Server, Settings
 from kvc.serve.metrics import Metrics
+from kvc.serve.model import Model
 from kvc.serve.prefixes import Prefixes
 from kvc.serve.prompts import Reader
 from kvc.serve.run import address, bind
-from kvc.serve.worker import Model, Worker
+from kvc.serve.worker import Worker
 from kvc.store.report import Report
 
 VOCAB = 0x110000  # a token is a character
@@ -116,6 +117,7 @@ class FakeModel:
         self.limit, self.gate = limit, threading.Event()
         self.gate.set()
         self.batches: list[FakeBatch] = []
+        self.rests = 0
 
     def batch(self) -> FakeBatch:
         self.batches.append(FakeBatch(self.limit, self.gate))
@@ -126,6 +128,9 @@ class FakeModel:
 
     def settle(self, cache: Any) -> None:
         pass
+
+    def rest(self) -> None:
+        self.rests += 1
 
     def report(self, cache: Any) -> Report:
         return Report(len(cache), 4 * len(cache), 4.0, {}, [])

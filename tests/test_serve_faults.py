@@ -17,7 +17,7 @@ import openai
 import pytest
 from starlette.requests import Request
 
-from kvc.serve import limits, sse
+from kvc.serve import limits, sse, worker
 from kvc.serve.errors import APIError
 from kvc.serve.limits import read_body
 from kvc.serve.prefixes import Prefixes
@@ -90,6 +90,16 @@ def test_more_than_the_queue_holds_are_sent_away() -> None:
         for client in clients:
             assert client.answer().json()["choices"][0]["text"] == answer("0", 9)
         assert server.post(**BODY).is_success
+
+
+def test_who_has_nothing_to_do_gives_memory_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "IDLE", 0.02)
+    with serving(FakeModel()) as server:
+        until(lambda: server.model.rests == 1)
+        assert server.post(**BODY).is_success
+        until(lambda: server.model.rests == 2)
+        time.sleep(0.1)
+        assert server.model.rests == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -194,6 +194,7 @@ def test_a_crowd_that_comes_and_goes_leaves_nothing_behind(backend: str) -> None
         assert server.worker.running == server.worker.waiting == 0
         assert 0 < prefixes.nbytes <= prefixes.budget
         assert stores() - before == len(prefixes)
+        server.model.rest()
 
 
 def crowd(server: Running, number: int, requests: int = 6) -> list[int | None]:

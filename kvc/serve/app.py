@@ -69,6 +69,10 @@ class Server:
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
         metrics.watch("jobs_running", "Jobs in the batch.", lambda: worker.running)
         metrics.watch("jobs_waiting", "Jobs that wait for their turn.", lambda: worker.waiting)
+        if (stored := worker.prefixes) is not None:
+            metrics.watch("prefixes", "Stored caches of prompts.", lambda: len(stored))
+            metrics.watch("prefix_bytes", "Their bytes in memory.", lambda: stored.nbytes)
+            metrics.watch("prefix_file_bytes", "Their bytes in files.", lambda: stored.file_bytes)
 
     def app(self) -> Starlette:
         """The application of ASGI."""

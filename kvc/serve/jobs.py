@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kvc.serve.errors import APIError
+from kvc.serve.stops import Stops
+
+if TYPE_CHECKING:
+    from kvc.store.report import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +62,24 @@ class Job:
     deliver: Callable[[Update], None]
     cancelled: bool = False
     created: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(slots=True)
+class Run:
+    """A job in the batch.
+
+    Attributes:
+        cuts: How many tokens of the prompt are in each copy that is taken.
+        start: Tokens of the prompt that were stored.
+    """
+
+    job: Job
+    cuts: list[int]
+    start: int
+    stops: Stops
+    generated: int = 0
+
+    def counts(self, report: Report | None = None) -> Counts:
+        """What it took so far, and the bytes of its cache where they are known."""
+        sizes = (report.nbytes, report.dense_bytes) if report else (None, None)
+        return Counts(len(self.job.ids), self.start, self.generated, *sizes)

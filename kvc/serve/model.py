@@ -1,14 +1,37 @@
-"""A model with one method, as the worker runs it."""
+"""A model with one method: what the worker needs of it, and how engines give it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import ctypes
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from kvc.backends.base import Batch, Engine
     from kvc.methods import Method
     from kvc.serve.prefixes import Prefixes
     from kvc.store.report import Report
+
+
+class Model(Protocol):
+    """What the worker needs of a model with a method."""
+
+    engine: Engine
+    prefixes: Prefixes | None
+
+    def batch(self) -> Batch:
+        """A new batch of sequences."""
+
+    def cache(self) -> Any:
+        """A new cache."""
+
+    def settle(self, cache: Any) -> None:
+        """Compresses what a prompt has left dense, in place."""
+
+    def report(self, cache: Any) -> Report:
+        """The bytes of a cache."""
+
+    def rest(self) -> None:
+        """Gives back what memory it can: nothing is to be done for a while."""
 
 
 class Served:
@@ -49,6 +72,21 @@ class Served:
             import mlx.core as mx
 
             mx.eval([entry.state for entry in cache])
+
+    def rest(self) -> None:
+        """Gives memory that the libraries keep for later back to the system."""
+        if self.engine.name == "mlx":
+            import mlx.core as mx
+
+            mx.clear_cache()
+        elif self.engine.name == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+        # glibc keeps what many small arrays have left, and returns it when it is asked.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
     def report(self, cache: Any) -> Report:
         """The bytes of a cache."""

@@ -13,56 +13,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from kvc.errors import KVCError
 from kvc.serve.errors import APIError
-from kvc.serve.jobs import Counts, Job, Update
+from kvc.serve.jobs import Job, Run, Update
 from kvc.serve.stops import Stops
 
 if TYPE_CHECKING:
-    from kvc.backends.base import Batch, Engine, Event
+    from kvc.backends.base import Batch, Event
     from kvc.serve.metrics import Metrics
+    from kvc.serve.model import Model
     from kvc.serve.prefixes import Prefixes
-    from kvc.store.report import Report
 
 LOG = logging.getLogger("uvicorn.error")
-
-
-class Model(Protocol):
-    """What the worker needs of a model with a method."""
-
-    engine: Engine
-    prefixes: Prefixes | None
-
-    def batch(self) -> Batch:
-        """A new batch of sequences."""
-
-    def cache(self) -> Any:
-        """A new cache."""
-
-    def settle(self, cache: Any) -> None:
-        """Compresses what a prompt has left dense, in place."""
-
-    def report(self, cache: Any) -> Report:
-        """The bytes of a cache."""
-
-
-@dataclass(slots=True)
-class _Run:
-    """A job in the batch."""
-
-    job: Job
-    cuts: list[int]
-    start: int  # tokens of the prompt that were stored
-    stops: Stops
-    generated: int = 0
-
-    def counts(self, report: Report | None = None) -> Counts:
-        sizes = (report.nbytes, report.dense_bytes) if report else (None, None)
-        return Counts(len(self.job.ids), self.start, self.generated, *sizes)
+IDLE = 5.0  # seconds without work after which memory is given back
 
 
 class Worker:
@@ -78,7 +44,7 @@ class Worker:
         self.load, self.max_waiting, self.metrics = load, max_waiting, metrics
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
-        self._running: dict[int, _Run] = {}
+        self._running: dict[int, Run] = {}
         self._closing = False
         self._limit = 1
         self._mean = 1.0  # seconds that a job takes, lately
@@ -95,6 +61,11 @@ class Worker:
         """
         self._thread.start()
         return self._loaded.result()
+
+    @property
+    def prefixes(self) -> Prefixes | None:
+        """The stored caches, of which others may ask the numbers."""
+        return self._loaded.result().prefixes
 
     @property
     def alive(self) -> bool:
@@ -162,7 +133,7 @@ class Worker:
                 try:
                     self._step(model, batch)
                 except Exception as error:  # of a library, or for want of memory
-                    LOG.exception("the batch failed; a new one is made")
+                    LOG.warning("the batch failed; a new one is made")
                     self._fail_running(error)
                     batch = model.batch()
             if model.prefixes is not None and model.prefixes.shelf is not None:
@@ -183,8 +154,10 @@ class Worker:
 
     def _turn(self, model: Model, batch: Batch) -> bool:
         """Waits for something to do and brings the batch up to date; False at the end."""
+        if not self._called(IDLE):
+            model.rest()
+            self._called(None)
         with self._wake:
-            self._wake.wait_for(lambda: self._waiting or self._running or self._closing)
             if self._closing:
                 return False
             room = max(0, self._limit - len(self._running))
@@ -200,6 +173,15 @@ class Worker:
             except Exception as error:
                 job.deliver(Update(error=_failure(error)))
         return True
+
+    def _called(self, seconds: float | None) -> bool:
+        """Waits so long at most for something to do; whether there is something."""
+        with self._wake:
+            return bool(
+                self._wake.wait_for(
+                    lambda: self._waiting or self._running or self._closing, seconds
+                )
+            )
 
     def _begin(self, model: Model, batch: Batch, job: Job) -> None:
         """Puts a job into the batch, behind the longest beginning of its prompt that is stored."""
@@ -217,7 +199,7 @@ class Worker:
             top_p=job.top_p,
             seed=job.seed,
         )
-        self._running[key] = _Run(job, cuts, start, Stops(job.stop))
+        self._running[key] = Run(job, cuts, start, Stops(job.stop))
         self.metrics.tokens.labels("cached").inc(start)
         self.metrics.tokens.labels("prompt").inc(len(job.ids) - start)
 
@@ -272,5 +254,7 @@ def _keep(model: Model, ids: list[int], cache: Any) -> None:
 
 def _failure(error: Exception) -> APIError:
     """What a client hears of an error; others' are in the server's log alone."""
-    message = str(error) if isinstance(error, KVCError) else "the server failed; see its log"
-    return APIError(500, message, code="failed")
+    if isinstance(error, KVCError):
+        return APIError(500, str(error), code="failed")
+    LOG.error("a job failed", exc_info=error)
+    return APIError(500, "the server failed; see its log", code="failed")
