@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import kvc
@@ -46,3 +47,32 @@ def test_every_phase_goes_on(narrow: list[Any], name: str, prefill: str, tmp_pat
 def counts(engine: Any, cache: Any) -> dict[str, Any]:
     """All counts and phases, but for what the libraries do each in their way."""
     return {key: x for key, x in state(engine, cache)[0].items() if key != "lone_tail"}
+
+
+@pytest.mark.parametrize("name", ["none", "gear", "h2o", "minicache+gear"])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_rows_behind_padding_go_on(narrow: list[Any], name: str, at: int, tmp_path: Path) -> None:
+    import torch
+
+    engine, path = narrow[0], tmp_path / "x.kvc"
+    ids = torch.tensor(engine.encode(PROMPT)[:180]).reshape(3, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :25], mask[2, :4] = 0, 0
+    cuts = [0, 20, 50, 51, 52, 53, 58, 59, 60]
+
+    def step(cache: Any, i: int) -> Any:
+        with torch.no_grad():
+            return engine.model(
+                ids[:, cuts[i] : cuts[i + 1]], attention_mask=mask[:, : cuts[i + 1]],
+                past_key_values=cache, use_cache=True,
+            ).logits[:, -1]  # fmt: skip
+
+    cache = engine.make_cache(method_of(name, engine.shape, tmp_path, **SMALL))
+    for i in range(at):
+        step(cache, i)
+    kvc.save_cache(cache, path, ids[:, : cuts[at]].tolist(), model=engine.model)
+    again, held = kvc.load_cache(engine.model, path)
+    assert held == ids[:, : cuts[at]].tolist()
+    for i in range(at, len(cuts) - 1):
+        np.testing.assert_allclose(step(again, i), step(cache, i), rtol=1e-4, atol=1e-4)
+    assert counts(engine, again) == counts(engine, cache)
