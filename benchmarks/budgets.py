@@ -104,12 +104,13 @@ class Lab:
         """KVSharer with as few sharers as fit, from a search down a ranking."""
         layers = len(self.engine.shape.full_layers)
         for sharers in range(1, layers):
-            if (layers - sharers) / layers <= budget / self.sizes.dense:
-                found = MapSearch(
-                    self.engine, self.train, Settings(sharers / layers, -1.0, order=order)
-                )
-                list(found.run())
-                return choice_of("kvsharer", {"kvsharer.map": found.text})
+            any_map = {"kvsharer.map": ",".join(f"{i}:0" for i in range(1, sharers + 1))}
+            if self.sizes.of(choice_of("kvsharer", any_map).method) > budget:
+                continue
+            settings = Settings(sharers / layers, -1.0, order=order)
+            found = MapSearch(self.engine, self.train, settings)
+            list(found.run())
+            return choice_of("kvsharer", {"kvsharer.map": found.text})
         return None
 
     def order(self, budget: float) -> Iterator[Entry]:

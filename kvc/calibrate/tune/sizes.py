@@ -60,11 +60,11 @@ class Sizes:
         """
         context = self.context if context is None else context
         if method.memory is None and (method.layout is None or type(method.layout) is KVSharer):
-            layers = self.owners(method)
             codec = method.codec
-            if codec is None:
-                return len(layers) * self.dense_token // len(self.shape.full_layers) * context
-            return sum(_layer(codec.of(layer), self.shape, context) for layer in layers)
+            return sum(
+                _layer(codec and codec.of(layer), self.shape, context)
+                for layer in self.owners(method)
+            )
         return self._measured(method, context)
 
     def _measured(self, method: Method, context: int) -> int:
@@ -86,7 +86,7 @@ class Sizes:
 
 
 @cache
-def _layer(codec: Gear, shape: ModelShape, context: int) -> int:
+def _layer(codec: Gear | None, shape: ModelShape, context: int) -> int:
     """Bytes of one layer's tokens, exact or from the line through two lengths below `LONG`."""
     if context <= LONG:
         return _stored(codec, shape, context)
@@ -96,8 +96,8 @@ def _layer(codec: Gear, shape: ModelShape, context: int) -> int:
     return round(b + (b - a) / (long - short) * (context - long))
 
 
-def _stored(codec: Gear, shape: ModelShape, n: int) -> int:
-    store = KVStore(method_of(codec), 1)
+def _stored(codec: Gear | None, shape: ModelShape, n: int) -> int:
+    store = KVStore(method_of(codec) if codec else Method(), 1)
     x = np.random.default_rng(0).standard_normal((1, shape.n_kv_heads, n, shape.head_dim))
     x = x.astype(f"float{8 * shape.dtype_bytes}")
     prompt = n - DECODED
