@@ -8,6 +8,7 @@ import click
 
 from kvc.cli.bench import bench
 from kvc.cli.cache import cache
+from kvc.cli.chat import chat
 from kvc.cli.eval import evaluate
 from kvc.cli.generate import generate
 from kvc.cli.info import info
@@ -50,6 +51,7 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(cache)
+main.add_command(chat)
 main.add_command(evaluate)
 main.add_command(generate)
 main.add_command(info)

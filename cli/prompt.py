@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from kvc.errors import ConfigError
@@ -38,8 +39,8 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     return text
 
 
-def read_settings(settings: tuple[str, ...]) -> dict[str, str]:
-    """`key=value` pairs as a dict.
+def read_settings(settings: Sequence[str], source: str = "--set") -> dict[str, str]:
+    """`key=value` pairs as a dict; errors begin with `source`.
 
     Raises:
         ConfigError: If one has no `=`, or a key comes twice.
@@ -48,9 +49,9 @@ def read_settings(settings: tuple[str, ...]) -> dict[str, str]:
     for setting in settings:
         key, equals, value = (part.strip() for part in setting.partition("="))
         if not (key and equals and value):
-            raise ConfigError(f"--set: expected key=value such as gear.bits=4, got {setting!r}")
+            raise ConfigError(f"{source}: expected key=value such as gear.bits=4, got {setting!r}")
         if key in pairs:
-            raise ConfigError(f"--set: {key} is given twice, as {pairs[key]} and {value}")
+            raise ConfigError(f"{source}: {key} is given twice, as {pairs[key]} and {value}")
         pairs[key] = value
     return pairs
 

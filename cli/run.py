@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from kvc.backends.base import Engine, Piece
+    from kvc.chat import Conversation
 
 PEAK_OF = {"cpu": "of the process", "mlx": "held by MLX", "cuda": "on the GPU"}
 
@@ -119,7 +120,7 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
 
 
 def run(
-    engine: Engine,
+    engine: Engine | Conversation,
     ids: list[int],
     cache: Any,
     stats: Stats,
@@ -131,8 +132,8 @@ def run(
 
     Args:
         engine: With its model loaded: no speed counts loading.
-        ids: The prompt.
-        cache: From the engine's `make_cache`, empty.
+        ids: The prompt, less what the cache holds.
+        cache: From the engine's `make_cache`.
         stats: Filled with tokens and speeds.
         show: Takes the text of each token.
         quiet: Whether to do without a progress bar.

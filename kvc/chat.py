@@ -1,0 +1,176 @@
+"""A conversation over one cache that stays compressed: only what is new is read in each turn.
+
+The tokens of the conversation are those that the model has really read and written. A turn renders
+the whole conversation with the chat template; what stands behind the tokens so far is read. Where
+they are no beginning of it (the template drops what the model thought, or its answer is cut into
+other tokens when read again), they stay, and the turn's own part of the rendering is read: what
+renderings with two different answers have in common at their ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any, cast
+
+from kvc.backends.base import Engine, Message, Piece
+from kvc.errors import ConfigError
+from kvc.methods import Method
+from kvc.text import split_start
+
+
+class Conversation:
+    """Messages, their tokens and the cache that holds them.
+
+    Attributes:
+        engine: Runs the model.
+        method: What keeps the tokens.
+        prefill: `exact` or `stream`, as in `Engine.make_cache`.
+        messages: What was said, with "role" and "content".
+        tokens: What was read and written; the cache holds the first of them.
+        cache: From the engine; without tokens it reads them all in the next turn.
+    """
+
+    def __init__(
+        self, engine: Engine, method: Method, prefill: str = "exact", system: str | None = None
+    ) -> None:
+        self.engine, self.method, self.prefill, self.system = engine, method, prefill, system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything but the system's message."""
+        self.messages: list[Message] = []
+        if self.system is not None:
+            self.messages = [{"role": "system", "content": self.system}]
+        self.tokens: list[int] = []
+        self.start = 0  # tokens in front that no message stands for
+        self.ended = False  # whether the model ended its last answer by itself
+        self.forget()
+
+    def forget(self, method: Method | None = None) -> None:
+        """Gives up the cache, for one of another method if there is one.
+
+        Raises:
+            ConfigError: If the model cannot take the method; nothing is changed then.
+        """
+        cache = self.engine.make_cache(method or self.method, self.prefill)
+        self.method, self.cache = method or self.method, cache
+
+    @property
+    def held(self) -> int:
+        """How many of the tokens are in the cache."""
+        return self.engine.store(self.cache).length()
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that the model's context still has room for; None where it has no end."""
+        limit = self.engine.context_length
+        return None if limit is None else max(limit - len(self.tokens), 0)
+
+    def ask(self, text: str) -> list[int]:
+        """Adds a message of the user's; returns the tokens to read, those of earlier turns too.
+
+        Raises:
+            ConfigError: If the context has no room for it and an answer, or the template refuses
+                it; nothing is changed then.
+        """
+        message = {"role": "user", "content": text}
+        new = self._turn(message)
+        tokens = self.tokens + new if new is not None else self.render([*self.messages, message])
+        limit = self.engine.context_length
+        if limit is not None and len(tokens) >= limit:
+            raise ConfigError(
+                f"chat: with this message the conversation has {len(tokens)} tokens, the model's "
+                f"context {limit}: no room for an answer"
+            )
+        if new is None:
+            self.start = 0
+            self.forget()
+        self.tokens = tokens
+        self.messages = [*self.messages, message, {"role": "assistant", "content": ""}]
+        return self.tokens[self.held :]
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        cache: Any,
+        *,
+        max_tokens: int,
+        on_prefill: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Iterator[Piece]:
+        """The answer, as `Engine.stream` gives it for what `ask` returned; it is remembered.
+
+        Closed early, it keeps what was read and written until then. An error in the middle of a
+        step costs the cache: the next turn reads all tokens again.
+        """
+        room, n, between = self.room, 0, True
+        max_tokens = max_tokens if room is None else min(max_tokens, room)
+
+        def told(done: int, total: int) -> None:
+            nonlocal between
+            between = True
+            if on_prefill is not None:
+                on_prefill(done, total)
+            between = False
+
+        self.ended = False
+        try:
+            pieces = self.engine.stream(
+                ids, cache, max_tokens=max_tokens, on_prefill=told, **options
+            )
+            with closing(cast("Generator[Piece, None, None]", pieces)):
+                between = False
+                for piece in pieces:
+                    between, n = True, n + 1
+                    self.tokens.append(piece.token)
+                    self._write(piece.text)
+                    yield piece
+                    between = False
+                between, self.ended = True, n < max_tokens
+        finally:
+            if not between:
+                self.forget()
+
+    def _write(self, text: str) -> None:
+        answer = self.messages[-1]
+        self.messages[-1] = {**answer, "content": answer["content"] + text}
+
+    def render(self, messages: Sequence[Message], reply: bool = True) -> list[int]:
+        """Tokens of a conversation. A model without a chat template continues its texts.
+
+        Raises:
+            ConfigError: If the template refuses it.
+        """
+        if self.engine.can_chat:
+            return self.engine.encode(messages, reply=reply)
+        text, last = "", "user"
+        for message in messages:
+            text += ("" if last == "user" else "\n\n") + message["content"]
+            last = message["role"]
+        return self.engine.encode(text)
+
+    def _turn(self, message: Message) -> list[int] | None:
+        """What a message of the user's adds to the tokens; None if they must be read anew."""
+        whole = self.render([*self.messages, message])
+        if self.start:
+            whole = split_start(self.engine, whole)[1]
+        written = self.tokens[self.start :]
+        if whole[: len(written)] == written:
+            return whole[len(written) :]
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            return None
+        one, two = (
+            self.render([*self.messages[:-1], {"role": "assistant", "content": answer}, message])
+            for answer in ("1", "2")
+        )
+        pairs = zip(reversed(one), reversed(two), strict=False)
+        n = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if n is None:  # the template leaves the answer out
+            return None
+        tail = one[len(one) - n :]
+        # The model has ended its answer as the template does: that is not read twice. Some
+        # templates put a space in front.
+        ends = tail[: 2 if self.ended else 1]
+        last = self.tokens[-1]
+        return tail[ends.index(last) + 1 :] if last in ends else tail
