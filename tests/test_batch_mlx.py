@@ -221,9 +221,10 @@ def test_bytes_are_those_of_the_rows_and_are_free_when_these_leave(llama: Any) -
 
 def test_copy_of_a_cache_keeps_nothing_else_alive(llama: Any, kernels: str) -> None:
     cache = make_cache(llama, method_of("less", kernels))
-    again = copy.deepcopy(cache)  # of an empty one: what it learns of later is its own
-    expected = alone(llama, cache, PROMPTS[2], 6)
-    assert alone(llama, again, PROMPTS[2], 6) == expected
+    again = copy.deepcopy(cache)  # of an empty one, which has made nothing of its maps yet
+    expected = alone(llama, again, PROMPTS[2], 6)
+    assert alone(llama, cache, PROMPTS[2], 6) == expected
+    assert "state" in kvc.report(again).parts
     assert again[0].nbytes == cache[0].nbytes
     newer, store = copy.deepcopy(cache), weakref.ref(cache[0].store)
     assert newer[0].store.method is cache[0].store.method
