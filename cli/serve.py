@@ -149,7 +149,7 @@ def serve(
     from kvc.serve.model import Served
     from kvc.serve.prefixes import Prefixes
     from kvc.serve.prompts import Reader
-    from kvc.serve.run import address, bind, run
+    from kvc.serve.run import address, bind, is_loopback, run
     from kvc.serve.worker import Worker
     from kvc.text import read_text
 
@@ -181,6 +181,8 @@ def serve(
         )
         server = Server(worker, Reader(served.engine), limits, metrics)
         bound.listen()
+        if api_key is None and not is_loopback(bound):
+            click.echo(f"kvc: whoever reaches {host} may ask; --api-key says who", err=True)
         if not quiet:
             click.echo(
                 f"kvc: {limits.name} with {method} on {served.engine.name}, at {address(bound)}/v1",

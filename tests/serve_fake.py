@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -29,6 +30,14 @@ VOCAB = 0x110000  # a token is a character
 TEXT = "It was a dark and stormy night; the rain fell in torrents. "
 BREAK = "\x07"  # a prompt with this in it fails
 PATIENCE = 30.0  # seconds
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Waits for what another thread will do."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 class FakeEngine:

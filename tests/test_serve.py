@@ -9,10 +9,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
+from kvc.serve import app
+from kvc.serve.errors import refused
 from kvc.serve.prefixes import Prefixes
+from kvc.serve.protocol import ChatRequest, CompletionRequest
 from kvc.serve.stops import Stops
-from tests.serve_fake import BREAK, FakeEngine, FakeModel, Running, answer, serving
+from tests.serve_fake import BREAK, FakeEngine, FakeModel, Running, answer, serving, until
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
 CHAT = "<system>Be brief.<user>Who?<assistant>"
@@ -172,7 +176,7 @@ def test_what_clients_send_by_default_changes_nothing(server: Running) -> None:
         ("presence_penalty", 0.1), ("logit_bias", {"5": 1}), ("top_k", 5), ("stream", "yes"),
         ("stream_options", {"other": 1}), ("prompt", ["a", "b"]), ("prompt", []),
         ("prompt", [-1]), ("prompt", [0x110000]), ("prompt", 5), ("prompt", None), ("prompt", ""),
-        ("metadata", {"a": 1}), ("model", 5),
+        ("metadata", "a"), ("model", 5),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_its_name(server: Running, field: str, value: Any) -> None:
@@ -214,6 +218,24 @@ def test_damaged_json_is_refused(server: Running, body: bytes) -> None:
     refusal(response, 400)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["a"] * 1000}, {"prompt": "a", "stop": [1] * 1000}, {"messages": [{}] * 1000},
+        {"messages": [{"role": "user", "content": [5] * 1000}]},
+        {"prompt": "a", **{f"k{i}": 0 for i in range(1000)}},
+        {"prompt": "a", "metadata": {f"k{i}": 0 for i in range(1000)}, "n": 2},
+    ],
+    ids=range(6),
+)  # fmt: skip
+def test_a_thousand_mistakes_cost_no_more_than_one(body: dict[str, Any]) -> None:
+    kind = ChatRequest if "messages" in body else CompletionRequest
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(json.dumps(body))
+    assert caught.value.error_count() <= 2  # one for each type that a field may have
+    assert len(refused(caught.value).message) < 300
+
+
 def test_other_errors_have_the_same_form(server: Running) -> None:
     assert refusal(server.post(prompt="a", model="gpt"), 404)["code"] == "model_not_found"
     assert refusal(server.post(prompt="a" * 1000), 400)["code"] == "context_length_exceeded"
@@ -241,6 +263,35 @@ def test_what_fails_fails_alone(server: Running, client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIError, match="NaN"):
         list(stream)
     assert server.post(prompt="a").is_success
+
+
+def test_a_bug_is_an_error_in_the_same_form(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(FakeEngine, "encode", lambda *_: 1 / 0)
+    assert refusal(server.post(prompt="a"), 500)["type"] == "server_error"
+    until(lambda: "ZeroDivisionError" in caplog.text)
+
+
+def test_silence_is_broken_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "SILENCE", 0.05)
+    model = FakeModel()
+    model.gate.clear()
+    body = {"prompt": "hi", "max_tokens": 3, "stream": True}
+    with (
+        serving(model) as server,
+        server.http.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        pieces = response.iter_text()
+        assert next(pieces) == ": it goes on\n\n"
+        model.gate.set()
+        events = "".join(pieces)
+    assert events.endswith("data: [DONE]\n\n")
+    assert answer("hi", 3) == "".join(
+        json.loads(line[6:])["choices"][0]["text"]
+        for line in events.splitlines()
+        if line.startswith("data: {")
+    )
 
 
 def test_a_broken_batch_is_replaced(server: Running, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from kvc.cli.serve import read_size
 from kvc.errors import ConfigError
+from kvc.serve.run import address, bind, is_loopback
 from tests.run_cli import both, error_line, kvc_run, need_backend
 
 # A shell that starts tests in the background has them ignore SIGINT.
@@ -92,6 +93,17 @@ def test_a_second_signal_ends_it_at_once() -> None:
             process.wait(0.5)
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130
+
+
+@pytest.mark.parametrize(("host", "here"), [("127.0.0.1", True), ("0.0.0.0", False), ("::1", True)])
+def test_addresses_of_this_machine_alone_are_known(host: str, here: bool) -> None:
+    try:
+        bound = bind(host, 0)
+    except ConfigError:
+        pytest.skip(f"this machine has no {host}")
+    with bound:
+        assert is_loopback(bound) is here
+        assert address(bound).startswith(f"http://{'[::1]' if host == '::1' else host}:")
 
 
 @pytest.mark.parametrize(

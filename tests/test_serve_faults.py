@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,9 @@ from kvc.serve import limits, sse, worker
 from kvc.serve.errors import APIError
 from kvc.serve.limits import read_body
 from kvc.serve.prefixes import Prefixes
-from tests.serve_fake import PATIENCE, FakeModel, Running, answer, serving
+from tests.serve_fake import PATIENCE, FakeModel, Running, answer, serving, until
 
 BODY = {"prompt": "hello", "max_tokens": 9}
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Waits for what another thread will do."""
-    end = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @contextmanager

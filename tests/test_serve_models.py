@@ -19,7 +19,7 @@ from kvc.demo import path
 from kvc.methods import parse
 from kvc.serve.folder import Folder
 from kvc.serve.model import Served
-from kvc.serve.prefixes import Prefixes
+from kvc.serve.prefixes import TAIL, Prefixes
 from kvc.store.store import KVStore
 from tests.run_cli import MODULES, PROMPT, generate_json, need_backend
 from tests.serve_fake import Running, serving
@@ -66,7 +66,8 @@ def expected(backend: str) -> Callable[..., str]:
     def text(prompt: Any, max_tokens: int) -> str:
         options: dict[str, Any] = {"temp": 0.0, "top_p": 1.0, "seed": None}
         options |= {"max_tokens": max_tokens, "prefill_step": 512, "on_prefill": None}
-        ids, cache = engine.encode(prompt), engine.make_cache(parse("gear"))
+        ids = prompt if isinstance(prompt[0], int) else engine.encode(prompt)
+        cache = engine.make_cache(parse("gear"))
         return "".join(piece.text for piece in engine.stream(ids, cache, **options))
 
     return text
@@ -141,6 +142,20 @@ def test_a_second_question_does_not_read_the_document_again(server: Running) -> 
     prompt = second.json()["usage"]["prompt_tokens"]
     assert prompt - 20 < cached(second) < prompt
     assert cached(ask("Who is the captain?")) >= cached(second)
+
+
+@pytest.mark.parametrize("more", [1, 2, 3, 5])
+def test_any_number_of_tokens_may_follow_what_is_stored(
+    server: Running, expected: Callable[..., str], more: int
+) -> None:
+    """Where nothing is compressed yet, the text is that of one prompt."""
+    ids = [100 + 7 * i + more for i in range(50)]
+    server.post(prompt=ids, max_tokens=1, temperature=0)
+    stored = ids[:-TAIL]
+    longer = [*stored, *ids[:more]]
+    response = server.post(prompt=longer, max_tokens=8, temperature=0)
+    assert cached(response) == len(stored)
+    assert response.json()["choices"][0]["text"] == expected(longer, 8)
 
 
 def test_a_conversation_goes_on_from_its_compressed_cache(server: Running) -> None:

@@ -96,6 +96,7 @@ class Server:
                 APIError: _api_error,
                 HTTPException: _http_error,
                 ClientDisconnect: _closed,
+                Exception: _bug,
             },
         )
 
@@ -258,6 +259,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
     message = f"{request.method} {request.url.path[:100]}: {error.detail}"
     return APIError(error.status_code, message, code=code, headers=error.headers).response()
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """What is not foreseen; starlette raises it again, and it is logged."""
+    return APIError(500, "the server failed; see its log", code="failed").response()
 
 
 async def _closed(request: Request, error: Exception) -> Response:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
+UNKNOWN = "unknown"  # pydantic's kind of error for a field that there is not
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -54,14 +55,15 @@ class APIError(Exception):
 
 def refused(error: ValidationError) -> APIError:
     """What is wrong with a request, from what pydantic found first."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
+    found = error.errors(include_url=False, include_input=False)
     first, path = found[0], [str(part) for part in found[0]["loc"]]
     if first["type"] == "json_invalid":
         return APIError(400, f"body: expected JSON: {first['msg']}", code="invalid_json")
-    param = path[0] if path else None
-    if first["type"] == "extra_forbidden":
+    if first["type"] == UNKNOWN:
+        path.append(str(first["ctx"]["name"]))
         message = f"{'.'.join(path)}: this server does not know it; leave it out"
-        return APIError(400, message, param=param, code="unknown_parameter")
+        return APIError(400, message, param=path[0], code="unknown_parameter")
+    param = path[0] if path else None
     # Of a field that may have several types, each says why it is none of them.
     whys = [other for other in found if other["loc"][:1] == first["loc"][:1]]
     where = ".".join(path) if len(whys) == 1 else param

@@ -7,10 +7,22 @@ The OpenAPI description is made from the same classes (openapi.py).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from kvc.serve.errors import UNKNOWN
+
+
+class _First(FailFast):
+    """Of a list's wrong items only the first is told: it may have a million."""
+
+    def __hash__(self) -> int:  # which typing's unions of Python 3.11 ask for
+        return hash(self.fail_fast)
+
+
+FIRST = _First()
 Zero = Annotated[float, Field(ge=0, le=0, description="Only 0 is supported.")]
 Nothing = Annotated[dict[str, Any], Field(max_length=0, description="Must be empty.")]
 NoTools = Annotated[list[Any], Field(max_length=0, description="Tools are not supported.")]
@@ -18,7 +30,17 @@ StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+    # Forbidding would make an error of each unknown field, of which a body may have a million.
+    model_config = ConfigDict(
+        strict=True, extra="allow", json_schema_extra={"additionalProperties": False}
+    )
+
+    @model_validator(mode="after")
+    def _has_no_more(self) -> Self:
+        if self.model_extra:
+            name = next(iter(self.model_extra))[:100]
+            raise PydanticCustomError(UNKNOWN, "this server does not know it", {"name": name})
+        return self
 
 
 class StreamOptions(_Strict):
@@ -46,7 +68,7 @@ class Sampling(_Strict):
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Default: 1.")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+    stop: StopString | Annotated[list[StopString], Field(max_length=4), FIRST] | None = Field(
         None, description="Texts that end the answer and are left out of it."
     )
     stream: bool | None = None
@@ -56,7 +78,7 @@ class Sampling(_Strict):
     frequency_penalty: Zero | None = None
     logit_bias: Nothing | None = None
     user: str | None = Field(None, description="Ignored.")
-    metadata: dict[str, str] | None = Field(None, description="Ignored.")
+    metadata: dict[str, Any] | None = Field(None, description="Ignored.")
     store: bool | None = Field(None, description="Ignored.")
     service_tier: str | None = Field(None, description="Ignored.")
     safety_identifier: str | None = Field(None, description="Ignored.")
@@ -76,7 +98,7 @@ class Sampling(_Strict):
 class CompletionRequest(Sampling):
     """A text, or the tokens of one, to be continued."""
 
-    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), FIRST]
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: None = Field(None, description="Not supported.")
@@ -94,7 +116,7 @@ class Message(_Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1), FIRST]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -109,7 +131,7 @@ class Message(_Strict):
 class ChatRequest(Sampling):
     """A conversation whose next message is wanted."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), FIRST]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="The newer name of max_tokens."
     )
@@ -119,7 +141,9 @@ class ChatRequest(Sampling):
     tools: NoTools | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = Field(None, description="Ignored: there are no tools.")
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    modalities: (
+        Annotated[list[Literal["text"]], Field(min_length=1, max_length=1), FIRST] | None
+    ) = None
 
 
 class CachedTokens(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ipaddress
 import os
 import socket
 from types import FrameType
@@ -38,6 +39,11 @@ def address(bound: socket.socket) -> str:
     """Where clients find the server."""
     host, port = bound.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def is_loopback(bound: socket.socket) -> bool:
+    """Whether only this machine reaches a socket."""
+    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def run(app: Starlette, bound: socket.socket, patience: int, quiet: bool) -> None:
