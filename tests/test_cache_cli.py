@@ -59,12 +59,12 @@ def test_questions_leave_the_file_as_it_is(backend: str, book: Path) -> None:
 
 
 @both
-@pytest.mark.parametrize("method", ["h2o", "less", "kvsharer+kivi"])
+@pytest.mark.parametrize("method", ["less", "kvsharer+kivi"])
 def test_a_file_is_the_text_in_front(backend: str, method: str, tmp_path: Path) -> None:
     """As long as nothing is lost, a question behind the file is one behind the text."""
     need_backend(backend)
     budget = ("--set", "less.heavy=400", "--set", "less.recent=400")
-    settings = budget if method in ("h2o", "less") else ("--set", "gear.bits=8")
+    settings = budget if method == "less" else ("--set", "gear.bits=8")
     args = ("--method", method, *settings)
     result = build("-", tmp_path / "x.kvc", *args, backend=backend, input=TEXT)
     assert result.exit_code == 0, result.output

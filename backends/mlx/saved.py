@@ -67,6 +67,8 @@ def exchange(archive: Archive, cache: list[Any]) -> None:
                     entry[j] = ar.array(f"state{j}", x, FLOATS, None)
         else:
             raise CacheFileError(f"layer {i}: cannot keep a {kind} of mlx-lm in a file")
+    # An array that is built in one thread cannot be evaluated in another.
+    mx.eval([entry.state for entry in cache])
 
 
 def _sliding(ar: Archive, entry: Any) -> None:
