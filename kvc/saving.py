@@ -194,7 +194,7 @@ def _described(file: CacheFile) -> tuple[str, dict[str, Any]]:
     texts = {"kvsharer.map": _MAP, "gear.layer_bits": _LAYER_BITS}
     for key, x in settings.items():
         plain = type(x) in (str, int, float, bool) and str(x).isprintable()
-        if not plain or (key in texts and not texts[key].fullmatch(str(x))):
+        if not plain or (key in texts and not texts[key].fullmatch(str(x).replace(" ", ""))):
             raise CacheFileError(
                 f"{file.path}: method: expected a setting, got {key!r:.60} = {x!r:.60}"
             )

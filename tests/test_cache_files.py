@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from kvc.files import read_kernels, write_kernels
 from kvc.files.cache import open_cache
 from kvc.methods import parse
 from kvc.ops.evict import Kernels
+from kvc.saving import written
 from tests.backend_table import NAMES, PROMPT, engines, method_of
 from tests.cache_table import compare, feed, filled
 from tests.conftest import need
@@ -185,6 +187,23 @@ def test_copies_and_caches_of_caches(narrow: list[Any], tmp_path: Path) -> None:
         again, tokens = kvc.load_cache(engine.model, paths[0])
         kvc.save_cache(copy.deepcopy(again), paths[1], tokens, model=engine.model)
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "gear bits"])
+def test_methods_are_written_as_they_are(narrow: list[Any], name: str, tmp_path: Path) -> None:
+    shape = narrow[0].shape
+    if name == "gear bits":
+        bits = {"gear.layer_bits": "0:8/4, 2-3:4"}
+        method = parse("gear", {**SMALL, **bits}).check(shape)
+    else:
+        method = method_of(name, shape, tmp_path, **SMALL).check(shape)
+    found = json.loads(json.dumps(written(method)))
+    assert parse(found["method"], found["settings"]).check(shape) == method
+    if name in ("gear bits", "kvsharer+gear"):
+        cache, held = filled(narrow[0], method, narrow[0].encode(PROMPT[:200]))
+        kvc.save_cache(cache, tmp_path / "x.kvc", held, model=narrow[0].model)
+        again = kvc.load_cache(narrow[0].model, tmp_path / "x.kvc")[0]
+        assert narrow[0].store(again).method == narrow[0].store(cache).method
 
 
 def test_what_does_not_fit_is_refused(narrow: list[Any], tmp_path: Path) -> None:
