@@ -86,7 +86,13 @@ def _library_of(model: Any, who: str) -> str:
 
 
 def save_cache(
-    cache: Any, path: str | Path, tokens: Sequence[Any], *, model: Any, deflate: bool = False
+    cache: Any,
+    path: str | Path,
+    tokens: Sequence[Any],
+    *,
+    model: Any,
+    deflate: bool = False,
+    notes: str = "",
 ) -> None:
     """Writes a cache to a file, whole or not at all; either library can go on from it.
 
@@ -99,6 +105,7 @@ def save_cache(
         tokens: The ids of all tokens in the cache, or a list of them for each row, padding too.
         model: That the cache is of: its fingerprint goes into the file.
         deflate: Write codes entropy-coded: smaller, slower, and not mapped in loading.
+        notes: Any text to keep with it, for `kvc.saving.notes_of`.
 
     Raises:
         CacheFileError: If it cannot be written, or the tokens are not those of the cache.
@@ -108,7 +115,7 @@ def save_cache(
         got = type(cache).__name__
         raise ConfigError(f"save_cache: expected a cache from kvc.make_cache, got a {got}")
     library = _library_of(model, "save_cache")
-    import_module("kvc.saving").save(library, model, cache, path, tokens, deflate)
+    import_module("kvc.saving").save(library, model, cache, path, tokens, deflate, notes)
 
 
 def load_cache(

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +33,13 @@ _LAYER_BITS = re.compile(r"(\d{1,4}(-\d{1,4})?:\d(/\d)?,?){0,999}", re.ASCII)
 
 
 def save(
-    library: str, model: Any, cache: Any, path: str | Path, tokens: Sequence[Any], deflate: bool
+    library: str,
+    model: Any,
+    cache: Any,
+    path: str | Path,
+    tokens: Sequence[Any],
+    deflate: bool,
+    notes: str,
 ) -> None:
     """Writes a cache whole or not at all; see `kvc.save_cache`."""
     saved = import_module(f"kvc.backends.{library}.saved")
@@ -59,6 +65,7 @@ def save(
         "kernels": kernels_sum(store.method.memory.kernels or "") if store.method.memory else "",
         "library": LIBRARIES[library],
         "state": json.dumps(archive.values, separators=(",", ":")),
+        **({"notes": notes} if notes else {}),
     }
     codes = [deflated(code) if deflate else code for code in archive.codes]
     entries = [Entry("tokens", "int32", small.shape, lambda: small), *codes, *archive.entries]
@@ -152,6 +159,16 @@ def facts(path: str | Path) -> dict[str, Any]:
         }
 
 
+def notes_of(path: str | Path) -> str:
+    """The text that `kvc.save_cache` kept with a cache; empty where there is none.
+
+    Raises:
+        CacheFileError: If there is no such file or it is damaged.
+    """
+    with open_cache(path) as file:
+        return file.header.get("notes", "")
+
+
 def method_of_file(file: CacheFile, kernels: str | Path | None = None) -> Method:
     """The method of a cache file.
 
@@ -168,7 +185,8 @@ def method_of_file(file: CacheFile, kernels: str | Path | None = None) -> Method
     elif settings.get("less.kernels") or kernels is not None:
         raise CacheFileError(f"{file.path}: expected no kernels, as it was made without, got some")
     with _of_file(file):
-        return parse(text, settings)
+        name = str(file.json("method").get("name", text))
+        return replace(parse(text, settings), name=name)
 
 
 @contextmanager

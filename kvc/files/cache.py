@@ -3,7 +3,8 @@
 Metadata, all of it text: `format`, `kind` ("cache"), `model` (fingerprint), `version`,
 `calibration` (empty), `dtype` of keys and values, `method` (JSON: the text and the settings that
 `kvc.methods.parse` takes), `kernels` (SHA-256 of LESS's kernels, or empty), `library` that wrote
-it, `state` (JSON: counts and phases by name, see `kvc.store.state`), and `checksum`.
+it, `state` (JSON: counts and phases by name, see `kvc.store.state`), `checksum`, and `notes` (any
+text, such as a conversation's messages) where there are some.
 
 Tensors: `tokens`, int32 [B, T], and those that `kvc.store.state` names. A tensor may be deflated:
 it has `.deflated` behind its name then, and holds the bytes of a zlib stream.
