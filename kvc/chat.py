@@ -9,14 +9,27 @@ renderings with two different answers have in common at their ends.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
+from kvc.api import load_cache, save_cache
 from kvc.backends.base import Engine, Message, Piece
-from kvc.errors import ConfigError
+from kvc.errors import CacheFileError, ConfigError
 from kvc.methods import Method
+from kvc.saving import notes_of
 from kvc.text import split_start
+
+
+class Notes(NamedTuple):
+    """What a file keeps of a conversation beside its cache, as JSON."""
+
+    messages: list[Message]
+    rest: list[int]  # tokens that the cache does not hold yet
+    start: int  # tokens in front that no message stands for
+    ended: bool  # whether the model ended its last answer by itself
 
 
 class Conversation:
@@ -136,6 +149,45 @@ class Conversation:
         answer = self.messages[-1]
         self.messages[-1] = {**answer, "content": answer["content"] + text}
 
+    def save(self, path: str | Path) -> None:
+        """Keeps the conversation with its cache in a file.
+
+        Raises:
+            ConfigError: If the cache holds nothing.
+            CacheFileError: If the file cannot be written; what was there before stays.
+        """
+        held = self.held
+        if not held:
+            raise ConfigError(f"{path}: expected a cache with some tokens, got an empty one")
+        notes = Notes(self.messages, self.tokens[held:], self.start, self.ended)
+        save_cache(
+            self.cache,
+            path,
+            self.tokens[:held],
+            model=self.engine.model,
+            notes=json.dumps(notes._asdict()),
+        )
+
+    def load(self, path: str | Path) -> None:
+        """Goes on with the conversation of a file, or behind the text that it is a cache of.
+
+        Raises:
+            CacheFileError: If it is damaged or not of this model; nothing is changed then.
+        """
+        cache, tokens = load_cache(self.engine.model, path)
+        if tokens and isinstance(tokens[0], list):
+            raise CacheFileError(f"{path}: expected one text, got a cache of {len(tokens)}")
+        text = notes_of(path)
+        notes = Notes([], [], len(tokens), ended=False)
+        if text:
+            notes = _read_notes(path, text, len(tokens), self.engine.shape.vocab_size)
+        self.reset()
+        if text:
+            self.messages = notes.messages
+        self.tokens = [*tokens, *notes.rest]
+        self.start, self.ended = notes.start, notes.ended
+        self.cache, self.method = cache, self.engine.store(cache).method
+
     def render(self, messages: Sequence[Message], reply: bool = True) -> list[int]:
         """Tokens of a conversation. A model without a chat template continues its texts.
 
@@ -174,3 +226,27 @@ class Conversation:
         ends = tail[: 2 if self.ended else 1]
         last = self.tokens[-1]
         return tail[ends.index(last) + 1 :] if last in ends else tail
+
+
+def _read_notes(path: str | Path, text: str, n_tokens: int, vocab_size: int) -> Notes:
+    """What `Conversation.save` wrote.
+
+    Raises:
+        CacheFileError: If it is something else.
+    """
+    try:
+        notes = Notes(**json.loads(text))
+        messages, rest, start, ended = notes
+        good = (
+            all(set(m) == {"role", "content"} for m in messages)
+            and all(type(x) is str for m in messages for x in m.values())
+            and all(type(x) is int and 0 <= x < vocab_size for x in rest)
+            and type(start) is int
+            and 0 <= start <= n_tokens
+            and type(ended) is bool
+        )
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise CacheFileError(f"{path}: notes: expected those of a conversation, got {text[:60]!r}")
+    return notes

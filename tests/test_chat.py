@@ -1,15 +1,18 @@
 """A conversation: what is read in each turn, and what is kept when something comes between."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvc import demo
-from kvc.api import load_engine
+from kvc.api import load_engine, save_cache
 from kvc.backends.base import Piece
 from kvc.chat import Conversation
-from kvc.errors import ConfigError
+from kvc.errors import CacheFileError, ConfigError
 from kvc.methods import Method, parse
 from tests.run_cli import MODULES, need_backend
 from tests.settings import lossless
@@ -19,7 +22,10 @@ TURNS = (
     "The code of Tom is 7777. The code of Anna is",
     "The code of Tom is",
 )
-LOSSLESS = {name: parse(name, given) for name, given in lossless(16).items() if name != "less"}
+LOSSLESS = {
+    name: parse(name, lossless(16)[name])
+    for name in ("none", "gear", "minicache", "kvsharer", "h2o")
+}
 NONE = parse("none")
 # What the bundled model writes is cut into the same tokens when this is read again.
 KEEPS = (
@@ -216,3 +222,57 @@ def test_an_error_in_a_step_costs_the_cache_and_not_the_conversation(loaded: Any
     say(talk, TURNS[1])
     assert engine.read[-1] == talk.tokens[:-6]
     assert talk.tokens[-6:] == alone(loaded, talk.tokens[:-6])
+
+
+def test_a_file_keeps_the_conversation(loaded: Any, tmp_path: Path) -> None:
+    engine = Recorder(loaded, KEEPS)
+    talk = Conversation(engine, LOSSLESS["gear"], system="Be brief.")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="an empty one"):
+        talk.save(tmp_path / "none.kvc")
+    say(talk, TURNS[0])
+    path = tmp_path / "talk.kvc"
+    talk.save(path)
+    other = Conversation(engine, NONE, system="Be long.")  # type: ignore[arg-type]
+    other.load(path)
+    assert other.messages == talk.messages
+    assert (other.tokens, other.held) == (talk.tokens, talk.held)
+    assert other.method == talk.method
+    assert say(other, TURNS[1]) == say(talk, TURNS[1])
+    assert other.tokens == talk.tokens
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": 7}]},
+        {"messages": 7},
+        {"messages": [[]]},
+        {"rest": [-1]},
+        {"rest": [2048]},
+        {"rest": [True]},
+        {"start": 1000},
+        {"start": "0"},
+        {"ended": 0},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_forged_notes_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    need_backend("cpu")
+    engine = load_engine("cpu", str(demo.path()))
+    cache = engine.make_cache(NONE)
+    ids = engine.encode("It was a dark night")
+    engine.hidden(np.array([ids]), cache)
+    path = tmp_path / "talk.kvc"
+    good = {"messages": [], "rest": [], "start": 0, "ended": False}
+    talk = Conversation(engine, NONE)
+    for notes in (good, {**good, **change}):
+        save_cache(cache, path, ids, model=engine.model, notes=json.dumps(notes))
+        if notes is good:
+            talk.load(path)
+            assert talk.tokens == ids
+            continue
+        with pytest.raises(CacheFileError, match="expected those of a conversation"):
+            talk.load(path)
+    assert talk.tokens == ids

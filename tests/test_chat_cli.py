@@ -46,7 +46,7 @@ def test_json_says_what_each_turn_read(backend: str, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
     args = ("--json", "--quiet", "--chat-template", str(template), "--method", "none")
-    turns = f'{FACT}\n"""The code of Tom is 77.\nThe code of Tom is"""\n/method gear\nWho\n'
+    turns = f'{FACT}\n"""The code of Tom is 77.\nThe code of Tom is"""\n/method gear bits=4\nWho\n'
     result = chat(backend, turns, *args)
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
@@ -54,7 +54,8 @@ def test_json_says_what_each_turn_read(backend: str, tmp_path: Path) -> None:
     assert first["text"].startswith(" 4821")
     assert second["text"].startswith(" 77")
     assert second["prompt_tokens"] < first["prompt_tokens"]
-    assert third["prompt_tokens"] > first["prompt_tokens"] + second["prompt_tokens"]
+    assert third["prompt_tokens"] < 4  # the rest was read when the method was changed
+    assert third["cache_bytes"] > first["cache_bytes"]
     assert (second["method"], third["method"]) == ("none", "gear")
     for row in (first, second, third):
         assert row["tokens"] == 6
@@ -70,9 +71,44 @@ def test_commands(backend: str) -> None:
     assert re.findall(r"messages (\d), (\d+) tokens", result.stderr) == [
         ("0", "0"), ("1", "29"), ("0", "0"), ("1", "29"),
     ]  # fmt: skip
-    assert re.findall(rf"{backend}, (\w+)\n", result.stderr) == ["gear", "gear", "kivi"]
+    assert re.findall(rf"{backend}, (\w+)\n", result.stderr) == ["gear"] * 3 + ["kivi"]
     assert "dense, ratio" in result.stderr
     assert all(name in result.stderr for name in ("/method NAME", "/quit", "Ctrl-C"))
+
+
+@both
+def test_a_conversation_is_kept_and_gone_on_with(backend: str, tmp_path: Path) -> None:
+    other = "mlx" if backend == "cpu" else "cpu"
+    need_backend(other)
+    template, kept = tmp_path / "template.jinja", tmp_path / "talk.kvc"
+    template.write_text(TEMPLATE)
+    args = ("--chat-template", str(template), "--method", "kivi", "--json", "--quiet")
+    lines = [FACT, "The code of Tom is 7777. The code of", f"/save {kept}", " Tom is"]
+    first = chat(backend, "\n".join([*lines, f"/save {kept}"]), *args)
+    assert first.exit_code == 0, first.output
+    more = [f"/load {kept}", "/stats", "The code of Anna is", "/stats"]
+    for each in (backend, other):  # and the file stays as it is
+        result = chat(each, "\n".join(more), *args[:-3], "none", *args[-2:])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["text"].startswith(" 4821")
+        counts = re.findall(r"messages (\d), (\d+) tokens", result.stderr)
+        assert [n for n, _ in counts] == ["3", "4"]
+        read = json.loads(result.stdout)["prompt_tokens"]
+        assert 0 < int(counts[1][1]) - int(counts[0][1]) - 6 <= read < 12
+        assert json.loads(result.stdout)["method"] == "kivi"
+
+
+def test_a_book_that_was_read_before(tmp_path: Path) -> None:
+    need_backend("cpu")
+    book, cache = tmp_path / "book.txt", tmp_path / "book.kvc"
+    book.write_text("The code of Anna is 4821. It was a dark night.")
+    built = kvc_run("cache", "build", "--backend", "cpu", str(book), "-o", str(cache), "--quiet")
+    assert built.exit_code == 0, built.output
+    lines = f"/load {cache}\n The code of Anna is\n/save {cache}"
+    result = chat("cpu", lines, "--quiet")
+    assert result.exit_code == 2
+    assert result.stdout.startswith(" 4821")
+    assert "there is one already" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -80,6 +116,13 @@ def test_commands(backend: str) -> None:
     [
         (b"/nothing", ["/nothing", "/help"]),
         (b"/stats now", ["/stats", "'now'"]),
+        (b"/save", ["/save", "name"]),
+        (b"/save talk.txt", ["/save", "talk.txt", ".kvc"]),
+        (b"/save talk.kvc", ["talk.kvc", "empty"]),
+        (b"/save /nowhere/talk.kvc", ["talk.kvc", "write there"]),
+        (b"/save .", ["there is one"]),
+        (b"/load", ["/load", "name"]),
+        (b"/load talk.kvc", ["talk.kvc", "cannot read"]),
         (b"/method", ["/method", "gear bits=4"]),
         (b"/method geer", ["geer", "gear"]),
         (b"/method gear bits", ["/method", "key=value", "'bits'"]),
