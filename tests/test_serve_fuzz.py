@@ -49,7 +49,7 @@ def test_nothing_that_is_asked_makes_it_fail(backend: str) -> None:
     with serving(load, name="bundled", max_tokens=1) as server:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
         operations = [found.ok() for found in schema.get_all_operations()]
-        assert len(operations) == 6  # all but that of the description itself
+        assert len(operations) >= 6  # that of the description itself may be left out
         for operation, mode in product(operations, GenerationMode):
             if operation.method == "get" and mode is GenerationMode.NEGATIVE:
                 continue  # there is nothing to get wrong
