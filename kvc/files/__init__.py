@@ -1,7 +1,7 @@
 """Files made for one model: maps of KVSharer, kernels of LESS (safetensors), tuned profiles.
 
 All name the format, the kind, the model's fingerprint, what made them, the calibration data and
-the version of kvc, and carry a checksum over all of it.
+the version of kvc, and carry a checksum over all of it. Compressed caches are in `kvc.files.cache`.
 """
 
 from kvc.files.artifact import (
