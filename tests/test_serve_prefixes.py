@@ -141,6 +141,17 @@ def test_files_have_a_budget_too(tmp_path: Path) -> None:
     assert lengths(tmp_path) == [50]
 
 
+def test_times_of_files_tell_which_was_used_last(tmp_path: Path) -> None:
+    prefixes = Prefixes(len, 1000, Folder(tmp_path), 1000)
+    for ids in (A, B, C):
+        prefixes.put(ids, list(ids))
+    assert prefixes.spill() == 3
+    assert prefixes.find([*A, 0])
+    assert prefixes.spill() == 3
+    by_time = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime)
+    assert [path.read_bytes()[0] for path in by_time] == [2, 3, 1]
+
+
 def test_a_damaged_file_is_forgotten(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Damaged(Folder):
         def read(self, path: Path) -> list[int]:

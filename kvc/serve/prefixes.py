@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -144,11 +147,19 @@ class Prefixes:
         self._shrink()
 
     def spill(self) -> int:
-        """Writes every cache that is in memory alone to a file; says how many files there are."""
+        """Writes every cache that is in memory alone to a file; says how many files there are.
+
+        Their times say which of them was used before which.
+        """
         for entry in list(self._entries.values()):
             self._write(entry)
         self._shrink_files()
-        return sum(entry.path is not None for entry in self._entries.values())
+        paths = [entry.path for entry in self._entries.values() if entry.path]
+        start = time.time() - len(paths)
+        for i, path in enumerate(paths):
+            with suppress(OSError):  # somebody took it away
+                os.utime(path, (start + i, start + i))
+        return len(paths)
 
     def _held(self, entry: Entry, cache: Any) -> None:
         """Puts a cache into an entry in memory, or takes it out, with None."""
