@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, Protocol
 
-from kvc.backends.base import Event, Piece, chunk_size
+from kvc.backends.base import chunk_size
+from kvc.backends.sequences import Event, Piece
 from kvc.backends.text import Text
 from kvc.errors import ConfigError
 

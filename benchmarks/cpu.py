@@ -27,6 +27,7 @@ from kvc.methods import Gear, parse
 from kvc.ops.attention import attend_coded, attend_dense
 from kvc.ops.codec import arrays, encode
 from kvc.ops.dispatch import mode
+from kvc.ops.residual import Seed
 from kvc.store.coded import Coded
 
 RESULTS = Path(__file__).with_name("results")
@@ -197,7 +198,7 @@ def of_encoding(n: int) -> Iterator[Arm]:
         def run(codec: Gear = codec) -> Any:
             specs = codec.spec("k", n, D), codec.spec("v", n, D)
             how: Row = {"rank": codec.prefill_rank, "outliers": codec.outliers}
-            how |= {"n_iter": codec.n_iter, "seed": (0, 0, 0)}
+            how |= {"n_iter": codec.n_iter, "seed": Seed(0, 0, 0)}
             return [encode(a, spec, **how) for a, spec in zip(kv, specs, strict=True)]
 
         facts: Row = {"bytes": sum(a.nbytes for code in run() for _, a in arrays(code))}

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from kvc.backends.base import Engine, Piece
+    from kvc.backends.base import Engine
+    from kvc.backends.sequences import Piece
     from kvc.chat import Conversation
 
 PEAK_OF = {"cpu": "of the process", "mlx": "held by MLX", "cuda": "on the GPU"}

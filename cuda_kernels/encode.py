@@ -17,7 +17,7 @@ from kvc.cuda_kernels.encode_outliers import find, take
 from kvc.cuda_kernels.launch import Variant, off_device, off_types
 from kvc.ops.codec import Code, Spec
 from kvc.ops.quant import Quantized
-from kvc.ops.residual import clear
+from kvc.ops.residual import Seed, clear
 
 RANK = 64  # of a fit
 
@@ -29,7 +29,7 @@ def why_not(
     rank: int,
     outliers: float,
     n_iter: int,
-    seed: tuple[int, int, int],
+    seed: Seed,
 ) -> str | None:
     """Why the kernels cannot take these arguments; None if they can."""
     reason = off_device(x) or off_types(x)
@@ -51,7 +51,7 @@ def run(
     rank: int,
     outliers: float,
     n_iter: int,
-    seed: tuple[int, int, int],
+    seed: Seed,
 ) -> Code:
     """The code of `encode`, from kernels."""
     x = x if x.stride(3) == 1 else x.contiguous()

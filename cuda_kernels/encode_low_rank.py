@@ -17,7 +17,7 @@ import triton
 from kvc.cuda_kernels.encode_low_rank_kernel import gather, iterate, project, tall
 from kvc.cuda_kernels.launch import Variant, span
 from kvc.ops.quant import Role
-from kvc.ops.residual import LowRank, start
+from kvc.ops.residual import LowRank, Seed, start
 
 SHORT = 256  # tokens of a block that one program takes
 TILE = 8192  # entries that a program takes at a time
@@ -27,17 +27,13 @@ TALL = 1024  # rows of A that are taken at a time
 
 
 @lru_cache(maxsize=256)  # those of one step: copies to a GPU take longer than a fit does
-def beginning(
-    seed: tuple[int, int, int], role: Role, H: int, D: int, r: int, device: torch.device
-) -> torch.Tensor:
+def beginning(seed: Seed, role: Role, H: int, D: int, r: int, device: torch.device) -> torch.Tensor:
     """The start of the iteration, float32 [H, D, r]."""
-    c = torch.from_numpy(start(seed[0], seed[1], role, seed[2], H, D, r).astype("float32"))
+    c = torch.from_numpy(start(seed, role, H, D, r).astype("float32"))
     return c.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else c
 
 
-def fit(
-    e: torch.Tensor, r: int, n_iter: int, role: Role, seed: tuple[int, int, int], dtype: Any
-) -> LowRank:
+def fit(e: torch.Tensor, r: int, n_iter: int, role: Role, seed: Seed, dtype: Any) -> LowRank:
     """A and C of e, float32 [B, H, n, D] and contiguous, by power iteration."""
     B, H, n, D = e.shape
     c0 = beginning(seed, role, H, D, r, e.device)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from kvc.api import load_cache, save_cache
-from kvc.backends.base import Engine, Message, Piece
+from kvc.backends.base import Engine, Message
+from kvc.backends.sequences import Piece
 from kvc.errors import CacheFileError, ConfigError
 from kvc.methods import Method
 from kvc.saving import notes_of

@@ -14,7 +14,7 @@ from kvc.metal_kernels import encode_dual, encode_fit, quantize
 from kvc.metal_kernels.kernel import DTYPES, launch
 from kvc.ops.codec import Code, Spec, decode, turn
 from kvc.ops.quant import Quantized
-from kvc.ops.residual import Outliers, clear, find_outliers, start, take_rows
+from kvc.ops.residual import Outliers, Seed, clear, find_outliers, start, take_rows
 
 
 def why_not(
@@ -24,7 +24,7 @@ def why_not(
     rank: int,
     outliers: float,
     n_iter: int,
-    seed: tuple[int, int, int],
+    seed: Seed,
 ) -> str | None:
     """Why the kernels cannot take these arguments; None if they can."""
     if x.dtype not in DTYPES:
@@ -44,7 +44,7 @@ def run(
     rank: int,
     outliers: float,
     n_iter: int,
-    seed: tuple[int, int, int],
+    seed: Seed,
 ) -> Code:
     """The code of `encode`, from the kernels."""
     turned = turn(x, spec)
@@ -67,7 +67,7 @@ def run(
         )  # fmt: skip
     code = Code(d, None, None)
     if r:
-        c0 = start(seed[0], seed[1], spec.role, seed[2], x.shape[1], spec.head_dim, r)
+        c0 = start(seed, spec.role, x.shape[1], spec.head_dim, r)
         fit = encode_fit.run(rest, mx.array(c0.astype("float32")), n_iter, x.dtype)
         code = code._replace(l=fit)
     if index is None:

@@ -21,6 +21,7 @@ from kvc.ops.evict import Kernels, attend_state, fold_evicted
 from kvc.ops.mass import attention_mass
 from kvc.ops.merge import merge_pair
 from kvc.ops.quant import quantize
+from kvc.ops.residual import Seed
 from kvc.store.coded import Coded
 from kvc.store.store import KVStore
 from tests import metalsim
@@ -134,7 +135,7 @@ def others(T: int) -> Iterator[Row]:
         codec: Any = parse(name).codec
         call = lambda codec=codec: encode(  # noqa: E731
             x[:, :, :n], codec.spec("k", n, D), rank=codec.prefill_rank, outliers=codec.outliers,
-            n_iter=codec.n_iter, seed=(0, 0, 0),
+            n_iter=codec.n_iter, seed=Seed(0, 0, 0),
         )  # fmt: skip
         yield measured(f"`encode` keys, {name}", n, call, (x[:, :, :n],))
     yield measured("`merge_pair`", T, lambda: merge_pair(x, y, 0.6), (x, y))

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from kvc.backends.base import Event, Piece
+from kvc.backends.sequences import Event, Piece
 from kvc.errors import ConfigError, KVCError
 from kvc.serve.app import Server, Settings
 from kvc.serve.metrics import Metrics

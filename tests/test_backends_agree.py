@@ -20,6 +20,7 @@ from kvc.errors import ConfigError
 from kvc.methods import PRESETS, parse
 from kvc.ops.codec import encode
 from kvc.ops.quant import grouped, ungrouped, unpack_tokens
+from kvc.ops.residual import Seed
 from tests.backend_table import NAMES, PROMPT, compare, engines, method_of
 from tests.conftest import need
 from tests.tolerances import LOGITS
@@ -103,7 +104,7 @@ def test_codes_differ_on_ties_alone(bundled: list[Any], name: str) -> None:
     for layer, role in product(range(bundled[0].shape.n_layers), ("k", "v")):
         tensors = [store.dense(layer)["kv".index(role)][:, :, :192] for store in stores]
         spec = codec.spec(role, 192, tensors[0].shape[3])
-        found = [encode(x, spec, rank=0, outliers=0, n_iter=1, seed=(0, 0, 0)) for x in tensors]
+        found = [encode(x, spec, rank=0, outliers=0, n_iter=1, seed=Seed(0, 0, 0)) for x in tensors]
         codes = [
             np.asarray(
                 ops_of(x).to_numpy(unpack_tokens(code.d.codes, spec.bits, role, 64, 0, 192))

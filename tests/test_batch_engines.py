@@ -12,7 +12,7 @@ import pytest
 
 import kvc
 import kvc.demo
-from kvc.backends.base import Batch, Event
+from kvc.backends.sequences import Batch, Event
 from kvc.errors import ConfigError, KVCError
 from kvc.methods import parse
 from tests.conftest import need

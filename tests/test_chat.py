@@ -10,7 +10,7 @@ import pytest
 
 from kvc import demo
 from kvc.api import load_engine, save_cache
-from kvc.backends.base import Piece
+from kvc.backends.sequences import Piece
 from kvc.chat import Conversation
 from kvc.errors import CacheFileError, ConfigError
 from kvc.methods import Method, parse

@@ -13,7 +13,7 @@ import pytest
 
 import kvc
 from kvc import api, demo
-from kvc.backends.base import Piece
+from kvc.backends.sequences import Piece
 from kvc.cli.run import Stats, in_units, run
 from kvc.errors import ConfigError
 from tests.run_cli import PROMPT, both, copied_model, generate, generate_json, need_backend

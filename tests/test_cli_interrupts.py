@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kvc import api
-from kvc.backends.base import Piece
+from kvc.backends.sequences import Piece
 from kvc.cli.run import held_interrupts
 from tests.run_cli import PROMPT, both, generate, kvc_run, need_backend
 

@@ -13,12 +13,13 @@ import pytest
 from kvc.methods import Gear
 from kvc.ops.codec import Code, Spec, arrays, decode, encode, map_code, turn
 from kvc.ops.quant import Backbone, Role
+from kvc.ops.residual import Seed
 from kvc.ops.scales import Dual
 from tests.oracles import gear as oracle
 from tests.oracles.gear_cache import role_bytes
 from tests.tolerances import TOLERANCES
 
-H, D, SEED = 2, 32, (0, 0, 0)
+H, D, SEED = 2, 32, Seed(0, 0, 0)
 ROLES: tuple[Role, ...] = ("k", "v")
 PLAIN = {"prefill_rank": 0, "rank": 0, "outliers": 0.0, "group_size": 32}
 HALF = {"scale_dtype": "float16", "zero_dtype": "float16"}

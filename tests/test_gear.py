@@ -13,12 +13,13 @@ from kvc.errors import ConfigError, KVCError
 from kvc.methods import Gear, parse
 from kvc.ops.codec import Spec, decode, encode
 from kvc.ops.quant import Role, n_words, pack, unpack
+from kvc.ops.residual import Seed
 from kvc.store.store import KVStore
 from tests.oracles import gear as oracle
 from tests.oracles.gear_cache import GearCache, cache_bytes, nbytes
 from tests.tolerances import TOLERANCES
 
-H, D, SEED = 2, 64, (0, 0, 0)
+H, D, SEED = 2, 64, Seed(0, 0, 0)
 PRESETS = ("none", "kivi", "gear-l", "gear-s", "gear", "gear2")
 
 

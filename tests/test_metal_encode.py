@@ -88,7 +88,7 @@ def check(case: Case) -> None:
         index = find_outliers(rest, spec.role, case.outliers)
     if code.l is not None:
         seed = case.options["seed"]
-        c0 = start(*seed[:2], spec.role, seed[2], case.H, case.D, case.rank)
+        c0 = start(seed, spec.role, case.H, case.D, case.rank)
         fitted = rest if index is None else clear(rest, index, spec.role)
         a, c = power_iteration(fitted, c0.astype("float32"), case.n_iter)
         near = code.l.a @ code.l.c.swapaxes(-1, -2)

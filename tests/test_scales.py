@@ -10,6 +10,7 @@ import pytest
 from kvc.methods import Gear
 from kvc.ops.codec import decode, encode, turn
 from kvc.ops.quant import Role
+from kvc.ops.residual import Seed
 from kvc.ops.rotate import hadamard
 from kvc.ops.scales import dual_scales
 from tests.oracles import codes
@@ -70,6 +71,6 @@ def test_rotation_and_dual_scales_lower_the_error(role: Role) -> None:
     errors = []
     for more in ({}, {"rotate": "hadamard", "scales": "dual", "buffer": 128}):
         spec = Gear(**more).spec(role, 128, 128)  # type: ignore[arg-type]
-        code = encode(x, spec, rank=0, outliers=0.0, n_iter=3, seed=(0, 0, 0))
+        code = encode(x, spec, rank=0, outliers=0.0, n_iter=3, seed=Seed(0, 0, 0))
         errors.append(np.linalg.norm(turn(decode(code, spec), spec) - x))
     assert errors[1] < errors[0]

@@ -10,7 +10,7 @@ import pytest
 from kvc.ops import residual
 from kvc.ops.codec import Code, arrays, decode, encode, map_code, turn
 from kvc.ops.quant import Quantized, quantize, unpack_tokens
-from kvc.ops.residual import clear, fill, find_outliers, power_iteration, rows, start
+from kvc.ops.residual import Seed, clear, fill, find_outliers, power_iteration, rows, start
 from kvc.ops.scales import GRID_STEP, dual_scales
 from tests.cases import assert_close, exact, view
 from tests.cases.encode import CASES, GEAR2, Case, args
@@ -86,7 +86,7 @@ def check(case: Case, x: Any = None) -> Code:
     if code.l is not None:
         seed = case.options["seed"]
         rank = min(case.rank, case.n, case.D)
-        c0 = start(*seed[:2], spec.role, seed[2], case.H, case.D, rank)
+        c0 = start(seed, spec.role, case.H, case.D, rank)
         fitted = rest if index is None else clear(rest, index, spec.role)
         a, c = power_iteration(fitted, c0.astype("float32"), case.n_iter)
         near = code.l.a @ code.l.c.swapaxes(-1, -2)
@@ -138,20 +138,26 @@ def test_a_start_is_the_same_when_it_was_drawn_early() -> None:
         return rng.standard_normal((2, 32, max(16, rank)))[..., :rank]
 
     for chunk, rank in ((0, 4), (1, 2), (2, 2), (3, 4), (4, 20), (5, 2), (9, 2), (9, 2), (10, 2)):
-        assert np.array_equal(start(7, 3, "v", chunk, 2, 32, rank), drawn(chunk, rank))
+        assert np.array_equal(start(Seed(7, 3, chunk), "v", 2, 32, rank), drawn(chunk, rank))
         early = residual._early[7, 3, "v"]
         assert np.array_equal(early.numbers.result(), drawn(chunk + 1, rank))  # and waits for it
 
 
+def test_a_process_has_its_own_heads_of_the_start() -> None:
+    whole = start(Seed(7, 3, 0), "v", 4, 32, 2)
+    parts = [start(Seed(7, 3, 0, (shard, 2)), "v", 2, 32, 2) for shard in (0, 1)]
+    assert np.array_equal(whole, np.concatenate(parts))
+
+
 def test_an_early_start_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    start(8, 3, "k", 0, 2, 32, 2)
+    start(Seed(8, 3, 0), "k", 2, 32, 2)
     want = residual._early[8, 3, "k"].numbers.result()
 
     def never(*args: Any) -> Any:
         raise AssertionError("drawn again")
 
     monkeypatch.setattr(residual, "_draw", never)
-    assert np.array_equal(want, start(8, 3, "k", 1, 2, 32, 2))
+    assert np.array_equal(want, start(Seed(8, 3, 1), "k", 2, 32, 2))
 
 
 @pytest.mark.parametrize("n", [64, 320])  # a fit by one program, and by several
@@ -163,7 +169,7 @@ def test_a_rank_above_that_of_the_block_adds_nothing(n: int) -> None:
     e[0, 1] = 0  # a head whose codes leave nothing
     with kernels() as device:
         x = tensor(e, "float32", device)
-        l = fit(x, 4, 3, "k", (0, 0, 0), x.dtype)
+        l = fit(x, 4, 3, "k", Seed(0, 0, 0), x.dtype)
         near = (l.a @ l.c.swapaxes(-1, -2)).cpu().numpy()
     assert_close("A C^T", near, e, STORED["float32"])
 
@@ -177,7 +183,7 @@ def test_columns_of_very_different_lengths_stay_orthonormal(n: int) -> None:
     e = (u * [1, 1e-1, 1e-2, 1e-3]) @ v.T
     with kernels() as device:
         x = tensor(e[None, None], "float32", device)
-        l = fit(x, 4, 3, "k", (0, 0, 0), x.dtype)
+        l = fit(x, 4, 3, "k", Seed(0, 0, 0), x.dtype)
         a = l.a[0, 0].cpu().numpy().astype(np.float64)
         near = a @ l.c[0, 0].cpu().numpy().astype(np.float64).T
     np.testing.assert_allclose(a.T @ a, np.eye(4), atol=1e-5)

@@ -42,6 +42,7 @@ _KINDS = {
 
 # What the authors of mlx-lm's model files call these sizes.
 _N_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_N_KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
 _CONTEXT = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 
 
@@ -156,6 +157,8 @@ def joins(model: Any) -> bool:
 def _shape(model: Any, plain: list[Any], filled: KVCEntry) -> ModelShape:
     """The model's sizes, those of keys from an entry that the model has filled."""
     _, n_kv_heads, _, head_dim = filled.new_shapes[0]
+    shard, shards = _shard(model, n_kv_heads)
+    n_kv_heads *= shards
     return ModelShape(
         family=next(_settings(model, str, "model_type"), name_of(model)),
         n_layers=len(model.layers),
@@ -166,7 +169,16 @@ def _shape(model: Any, plain: list[Any], filled: KVCEntry) -> ModelShape:
         context_length=next(_settings(model, int, *_CONTEXT), None),
         dtype_bytes=filled.dtype_bytes,
         layer_kinds=tuple(_KINDS.get(type(c).__name__, type(c).__name__) for c in plain),
+        shard=(shard, shards),
     )
+
+
+def _shard(model: Any, n_kv_heads: int) -> tuple[int, int]:
+    """Which of how many processes this is, if a model's heads are split among those."""
+    group = mx.distributed.init()
+    whole = next(_settings(model, int, *_N_KV_HEADS), n_kv_heads)
+    split = group.size() > 1 and whole == n_kv_heads * group.size()
+    return (group.rank(), group.size()) if split else (0, 1)
 
 
 def _settings(model: Any, kind: type, *names: str) -> Iterator[Any]:

@@ -14,11 +14,12 @@ import mlx_lm
 import numpy as np
 from mlx_lm.sample_utils import make_sampler
 
-from kvc.backends.base import Message, ModelShape, Piece, chunk_size
+from kvc.backends.base import Message, ModelShape, chunk_size
 from kvc.backends.mlx.batch import Runner
 from kvc.backends.mlx.cache import joins, make_cache, shape_of
 from kvc.backends.mlx.entry import KVCEntry, name_of
 from kvc.backends.mlx.projections import output_projection
+from kvc.backends.sequences import Piece
 from kvc.backends.text import Text, chat_ids
 from kvc.backends.turns import Turns
 from kvc.errors import BackendError, ConfigError

@@ -210,16 +210,18 @@ def _shape(model: PreTrainedModel, cache: KVCCache) -> ModelShape:
     """The model's sizes, those of keys from a cache that the model has filled."""
     config = model.config.get_text_config(decoder=True)
     keys = cast("tuple[torch.Tensor, torch.Tensor]", cache.store.dense(0))[0]
+    shards = model.tp_size or 1
     return ModelShape(
         family=config.model_type,
         n_layers=config.num_hidden_layers,
         n_heads=config.num_attention_heads,
-        n_kv_heads=keys.shape[1],
+        n_kv_heads=keys.shape[1] * shards,
         head_dim=keys.shape[3],
         vocab_size=config.vocab_size,
         context_length=getattr(config, "max_position_embeddings", None),
         dtype_bytes=keys.itemsize,
         layer_kinds=tuple(map(kind_of, DynamicCache(config=config).layers)),
+        shard=(torch.distributed.get_rank() % shards if shards > 1 else 0, shards),
     )
 
 

@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvc.backends.base import Message, ModelShape, Piece, chunk_size
+from kvc.backends.base import Message, ModelShape, chunk_size
+from kvc.backends.sequences import Piece
 from kvc.backends.text import Text, chat_ids
 from kvc.backends.torch.attention import decoder_of
 from kvc.backends.torch.batch import Runner

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from kvc.backends.base import Piece
+from kvc.backends.sequences import Piece
 from kvc.backends.text import Text
 from kvc.backends.torch.attention import decoder_of
 from kvc.backends.torch.entry import KVCCache

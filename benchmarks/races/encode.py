@@ -17,6 +17,7 @@ from benchmarks.races.step import Step
 from kvc.methods import Gear, parse
 from kvc.ops.codec import Code, Spec, arrays, decode, encode
 from kvc.ops.dispatch import Mode, mode
+from kvc.ops.residual import Seed
 
 CODED = ("gear-l 4 bits", "gear-l 2 bits", "kivi 2 bits", "gear 2 bits", "gear2")
 
@@ -57,7 +58,7 @@ class Prompts:
             "rank": codec.prefill_rank,
             "outliers": codec.outliers,
             "n_iter": codec.n_iter,
-            "seed": (codec.seed, 0, 0),
+            "seed": Seed(codec.seed, 0, 0),
         }
 
         def run(x: torch.Tensor = kv) -> list[Code]:

@@ -24,6 +24,8 @@ class Method:
     codec: Gear | None = None
     # the model's numbers of the layers that the store has, set by `check`
     numbers: tuple[int, ...] = field(default=(), compare=False)
+    # which of how many processes has the heads, where a model is split by them; set by `check`
+    shard: tuple[int, int] = field(default=(0, 1), compare=False)
     # fingerprint of the only model that it is for, if it was tuned for one
     model: str = field(default="", compare=False)
 
@@ -87,7 +89,7 @@ class Method:
             layout = layout.check(shape)
             shared = sharers(layout.owners(shape.n_layers))
         memory = self.memory and self.memory.check(shape, shared)
-        return replace(self, layout=layout, memory=memory, numbers=numbers)
+        return replace(self, layout=layout, memory=memory, numbers=numbers, shard=shape.shard)
 
     @property
     def evicts(self) -> bool:

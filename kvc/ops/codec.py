@@ -22,6 +22,7 @@ from kvc.ops.quant import Backbone, Quantized, Role, dequantize, quantize
 from kvc.ops.residual import (
     LowRank,
     Outliers,
+    Seed,
     add_rows,
     clear,
     fill,
@@ -60,12 +61,10 @@ class Spec:
 
 
 @op
-def encode(
-    x: Array, spec: Spec, *, rank: int, outliers: float, n_iter: int, seed: tuple[int, int, int]
-) -> Code:
+def encode(x: Array, spec: Spec, *, rank: int, outliers: float, n_iter: int, seed: Seed) -> Code:
     """X [B, H, n, D] as D + L + S; L and S are stored in the dtype of `x`.
 
-    `seed` is the seed, the layer and the number of the block: the start of the power iteration.
+    `seed` is of the start of the power iteration.
     """
     xp = ops_of(x)
     wide = turn(xp.promote(x), spec)
@@ -87,7 +86,7 @@ def encode(
         rest = wide - decode(code, spec)
         if index is not None:  # outliers are S's: they do not bend the fit
             rest = clear(rest, index, spec.role)
-        c0 = start(seed[0], seed[1], spec.role, seed[2], x.shape[1], spec.head_dim, r)
+        c0 = start(seed, spec.role, x.shape[1], spec.head_dim, r)
         start_c = xp.astype(xp.from_numpy(c0.astype("float32"), x), wide.dtype)
         a, c = power_iteration(rest, start_c, n_iter)  # L = SVD_r(X - D - S)
         code = code._replace(l=LowRank(xp.astype(a, x.dtype), xp.astype(c, x.dtype)))

@@ -111,15 +111,25 @@ def add_rows(x: Array, outliers: Outliers, role: Role, start: int = 0) -> Array:
     return unrows(xp.add_along_axis(rows(x, role), index, delta, -1), x.shape, role)
 
 
-def start(
-    seed: int, layer: int, role: Role, chunk: int, heads: int, head_dim: int, rank: int
-) -> Numbers:
+class Seed(NamedTuple):
+    """What the start of a block's power iteration depends on."""
+
+    seed: int
+    layer: int
+    chunk: int  # number of the block
+    # Which of how many processes has these heads, where a model is split by them: what a head is
+    # fitted from is what it would be in one process.
+    shard: tuple[int, int] = (0, 1)
+
+
+def start(seed: Seed, role: Role, heads: int, head_dim: int, rank: int) -> Numbers:
     """The seeded start of the power iteration, [H, D, r], equal on every backend.
 
     A thread draws the next chunk's meanwhile, since that takes longer than all else that the host
     does to code a block of decoding.
     """
-    of, shape = (seed, layer, role), (heads, head_dim, max(16, rank))
+    chunk, (shard, shards) = seed.chunk, seed.shard
+    of, shape = (seed.seed, seed.layer, role), (heads * shards, head_dim, max(16, rank))
     early = _early.pop(of, None)
     if early and early[:2] == (chunk, shape) and early.rank >= rank and early.numbers.done():
         found = early.numbers.result()
@@ -127,7 +137,7 @@ def start(
         found = _draw(*of, chunk, shape, rank)
     later = _thread().submit(_draw, *of, chunk + 1, shape, rank)
     _early[of] = Early(chunk + 1, shape, rank, later)
-    return found[..., :rank]
+    return found[heads * shard : heads * (shard + 1), :, :rank]
 
 
 def _draw(

@@ -6,7 +6,8 @@ import ctypes
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from kvc.backends.base import Batch, Engine
+    from kvc.backends.base import Engine
+    from kvc.backends.sequences import Batch
     from kvc.methods import Method
     from kvc.serve.prefixes import Prefixes
     from kvc.store.report import Report

@@ -22,7 +22,7 @@ from kvc.serve.jobs import Job, Run, Update
 from kvc.serve.stops import Stops
 
 if TYPE_CHECKING:
-    from kvc.backends.base import Batch, Event
+    from kvc.backends.sequences import Batch, Event
     from kvc.serve.metrics import Metrics
     from kvc.serve.model import Model
     from kvc.serve.prefixes import Prefixes

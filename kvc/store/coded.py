@@ -11,6 +11,7 @@ from kvc.ops import folded
 from kvc.ops.codec import Code, Spec, arrays, decode, encode, map_code, turn
 from kvc.ops.past import Layout, Past
 from kvc.ops.quant import Role
+from kvc.ops.residual import Seed
 from kvc.store.unit import Part
 
 GROWTH = 8  # full buffers grow by one part in so many
@@ -101,6 +102,7 @@ class Coded(Past):
     role: Role
     layer: int
     runs: list[Run] = field(default_factory=list)
+    shard: tuple[int, int] = (0, 1)  # see `Seed`
 
     @property
     def n(self) -> int:
@@ -116,7 +118,7 @@ class Coded(Past):
         """Codes a block of finite tokens [B, H, n, D] with a low-rank fit of `rank`."""
         codec, count = self.codec, sum(run.n for run in self.runs)
         spec = codec.spec(self.role, x.shape[2], x.shape[3])
-        seed = (codec.seed, self.layer, count)
+        seed = Seed(codec.seed, self.layer, count, self.shard)
         code = encode(x, spec, rank=rank, outliers=codec.outliers, n_iter=codec.n_iter, seed=seed)
         if self.runs and self.runs[-1].spec == spec and _alike(self.runs[-1].code, code):
             self.runs[-1].append(code)
@@ -179,7 +181,7 @@ class Coded(Past):
             return ops_of(x).take(x, rows, 1)
 
         runs = [Run(map_code(take, run.code), run.spec, run.n) for run in self.runs]
-        return Coded(self.codec, self.role, self.layer, runs)
+        return replace(self, runs=runs)
 
     def parts(self) -> Iterator[Part]:
         """Every array that is held."""

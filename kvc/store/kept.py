@@ -10,6 +10,7 @@ from kvc.backends.base import Array, ops_of
 from kvc.methods.gear import Gear
 from kvc.ops.codec import Code, Spec, arrays, decode, encode, map_code
 from kvc.ops.quant import Role
+from kvc.ops.residual import Seed
 from kvc.store.coded import Coded, Run
 from kvc.store.unit import Part
 
@@ -88,7 +89,7 @@ class Kept:
         """Tokens as slots hold them."""
         if self.codec is None:
             return k, v
-        plain: Any = {"rank": 0, "outliers": 0.0, "n_iter": 1, "seed": (0, 0, 0)}
+        plain: Any = {"rank": 0, "outliers": 0.0, "n_iter": 1, "seed": Seed(0, 0, 0)}
         of_k, of_v = specs_of(self.codec, k.shape[2], self.head_dim)
         return encode(k, of_k, **plain), encode(v, of_v, **plain)
 

@@ -68,6 +68,7 @@ class Pair:
     tails: tuple[Tokens, Tokens]
     k: Merged | None = None
     v: Merged | None = None
+    shard: tuple[int, int] = (0, 1)  # which of how many processes has these heads
 
     @property
     def faces(self) -> tuple[Tokens, Tokens]:
@@ -127,7 +128,8 @@ class Pair:
         a, b = (series.window for series in waiting)
         if merged is None:
             empty = Room.of(a.tokens(0, 0))
-            merged = Merged(self.method, Coded(codec, role, self.layer) if codec else empty)
+            coded = codec and Coded(codec, role, self.layer, shard=self.shard)
+            merged = Merged(self.method, coded or empty)
         rank = 0 if codec is None else codec.prefill_rank if prompt else codec.rank
         for start in range(first, first + n, size):
             merged.append(a.tokens(start, start + size), b.tokens(start, start + size), rank)

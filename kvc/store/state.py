@@ -200,7 +200,7 @@ def _walk_tokens(ar: Archive, x: Tokens, of: Sizes) -> Tokens:
         _walk_series(ar.at(role), series, x.codec, role, x.layer, of)
         for role, series in zip(ROLES, (x.k, x.v), strict=True)
     )
-    return Tokens(k, v, x.codec, x.layer)
+    return replace(x, k=k, v=v)
 
 
 def _walk_series(

@@ -53,7 +53,8 @@ class KVStore:
         self._owners = method.owners(n_layers)
         self._pairs = method.pairs(n_layers)
         self._numbers = method.numbers or range(n_layers)
-        self._files = method.memory.maps(self._numbers) if method.memory else {}
+        files = method.memory.maps(self._numbers) if method.memory else {}
+        self._files = {layer: _sharded(maps, *method.shard) for layer, maps in files.items()}
         self._maps: dict[int, Kernels] = {}  # the same in the library of the tokens
         self._prompting = False
         self.changes = 0  # grows with everything but `advance`
@@ -89,10 +90,10 @@ class KVStore:
                 tokens = (k.tokens(), v.tokens())
                 return Evicting.of(method.memory, codec, first, maps, *tokens, score, watch)
             if len(wholes) == 1:
-                return Tokens(Series(k), Series(v), codec, first)
+                return Tokens(Series(k), Series(v), codec, first, shard=method.shard)
             a, b = (Tokens(Series(k), Series(v)) for k, v in wholes)
             assert isinstance(method.layout, MiniCache)
-            return Pair(method.layout, codec, first, (a, b))
+            return Pair(method.layout, codec, first, (a, b), shard=method.shard)
 
         return Slot(layers, start, method.memory.policy if method.memory else "")
 
@@ -287,3 +288,8 @@ class KVStore:
         """Bytes by part and by layer, and the dense cache's."""
         dense = sum(b * n for b, n in zip(self._token_bytes, self._lengths, strict=True))
         return measure(self._slots, len(self._owners), dense)
+
+
+def _sharded(maps: Kernels, shard: int, shards: int) -> Kernels:
+    """The learned maps of a process's heads, where a model is split by them."""
+    return Kernels(*(x[len(x) * shard // shards : len(x) * (shard + 1) // shards] for x in maps))

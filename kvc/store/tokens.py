@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvc.backends.base import Array, ops_of
 from kvc.methods.gear import Gear
@@ -105,6 +105,7 @@ class Tokens:
     codec: Gear | None = None
     layer: int = 0
     clock: Clock | None = None  # of recorded steps
+    shard: tuple[int, int] = (0, 1)  # which of how many processes has these heads
 
     @property
     def faces(self) -> tuple[Tokens]:
@@ -183,7 +184,7 @@ class Tokens:
             return
         past = series.past
         if not isinstance(past, Coded):
-            series.past = past = Coded(codec, role, self.layer)
+            series.past = past = Coded(codec, role, self.layer, shard=self.shard)
         for start in range(0, n, size):
             block = series.window.tokens(series.sink + start, series.sink + start + size)
             past.append(block, codec.prefill_rank if prompt else codec.rank)
@@ -245,7 +246,7 @@ class Tokens:
                 past.rows(rows) if isinstance(past, Coded) else past,
             )
 
-        return Tokens(picked(self.k), picked(self.v), self.codec, self.layer)
+        return replace(self, k=picked(self.k), v=picked(self.v), clock=None)
 
     def parts(self) -> Iterator[Part]:
         """Every array that is held."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from kvc.ops.codec import Spec
 from kvc.ops.quant import Backbone, Role
+from kvc.ops.residual import Seed
 from tests.cases import DTYPES, Sized
 from tests.cases import quantize as blocks
 
@@ -44,7 +45,7 @@ class Case(Sized):
     @property
     def options(self) -> dict[str, Any]:
         """The other arguments of the op."""
-        seed = (0, 3, self.n)
+        seed = Seed(0, 3, self.n)
         return {
             "rank": self.rank, "outliers": self.outliers, "n_iter": self.n_iter, "seed": seed
         }  # fmt: skip
