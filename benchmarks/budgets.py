@@ -33,6 +33,7 @@ from kvc.measure.evaluate import evaluate
 from kvc.measure.inputs import Inputs
 from kvc.measure.inputs import Sizes as Reading
 from kvc.measure.results import Row, results_file
+from kvc.methods import PRESETS
 
 RESULTS = Path(__file__).with_name("results")
 BUDGETS = (0.5, 0.25, 0.125)  # of the dense bytes
@@ -130,12 +131,14 @@ class Lab:
             if choice := self.coded(name, budget):
                 yield Entry(name, choice)
 
-    def tuned(self, budget: float, work: Path) -> Entry:
-        """What `kvc tune` finds."""
-        with results_file(work) as scores:
-            search = Search(self.engine, self.train, CONTEXT, read_methods(None), scores)
-            best = search.within(budget)
-            return Entry("tuned", choice_of(best.choice.name, tuned_settings(search, best)))
+    def tuned(self, budget: float, work: Path) -> Iterator[Entry]:
+        """What `kvc tune` finds, by itself and where it may evict tokens."""
+        every = ",".join(name for name in PRESETS if name != "none")
+        for what, names in (("tuned", None), ("tuned, eviction allowed", every)):
+            with results_file(work) as scores:
+                search = Search(self.engine, self.train, CONTEXT, read_methods(names), scores)
+                best = search.within(budget)
+                yield Entry(what, choice_of(best.choice.name, tuned_settings(search, best)))
 
     def parts(self) -> Iterator[Entry]:
         """`gear2`, without each of its parts, and each of them alone beside `kivi`."""
@@ -192,7 +195,7 @@ def main(train: str, backend: str, out: Path) -> None:
     text += [*lines(lab.measure([*lab.parts()], file, "parts")), ""]
     for share in BUDGETS:
         nbytes = share * lab.sizes.dense
-        entries = [*lab.order(nbytes), lab.tuned(nbytes, out / ".tune.jsonl")]
+        entries = [*lab.order(nbytes), *lab.tuned(nbytes, out / ".tune.jsonl")]
         text += [f"## At most {100 * share:g} % of the dense bytes", ""]
         text += [*lines(lab.measure(entries, file, f"{share:.1%}")), ""]
         write_whole(out / "budgets.md", "\n".join(text).encode())
