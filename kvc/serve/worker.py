@@ -7,6 +7,7 @@ from loading to the last file, happens here; jobs come in by a queue with a boun
 from __future__ import annotations
 
 import contextvars
+import gc
 import logging
 import threading
 import time
@@ -45,7 +46,7 @@ class Worker:
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Run] = {}
-        self._closing = False
+        self._closing = self._ended = False
         self._limit = 1
         self._mean = 1.0  # seconds that a job takes, lately
         self._loaded: Future[Model] = Future()
@@ -126,6 +127,9 @@ class Worker:
         except BaseException as error:  # raised again in the thread that waits for it
             self._loaded.set_exception(error)
             return
+        # What is loaded stays: looking for cycles is quick without it.
+        gc.collect()
+        gc.freeze()
         self._limit = batch.batch_limit
         self._loaded.set_result(model)
         try:
@@ -139,6 +143,7 @@ class Worker:
             if model.prefixes is not None and model.prefixes.shelf is not None:
                 LOG.info("%d caches of prompts are kept in files", model.prefixes.spill())
         finally:
+            gc.unfreeze()
             with self._wake:
                 self._closing = True
                 left = [*self._waiting, *(run.job for run in self._running.values())]
@@ -154,6 +159,10 @@ class Worker:
 
     def _turn(self, model: Model, batch: Batch) -> bool:
         """Waits for something to do and brings the batch up to date; False at the end."""
+        if self._ended:
+            # A cache of transformers and its layers know each other, and would live on for long.
+            self._ended = False
+            gc.collect()
         if not self._called(IDLE):
             model.rest()
             self._called(None)
@@ -166,6 +175,7 @@ class Worker:
         for key in gone:
             del self._running[key]
             batch.remove(key)
+            self._ended = True
             self.metrics.cancelled.inc()
         for job in jobs:
             try:
@@ -230,6 +240,7 @@ class Worker:
 
     def _end(self, key: int, update: Update) -> None:
         run = self._running.pop(key)
+        self._ended = True
         seconds = time.perf_counter() - run.job.created
         self._mean += (seconds - self._mean) / 8
         self.metrics.seconds.observe(seconds)
