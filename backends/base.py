@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -106,6 +106,38 @@ def ops_named(name: str) -> Ops:
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """Which of a model's heads a process has, where several processes share them.
+
+    All of them call `whole` at the same times, as each waits for the others.
+
+    Attributes:
+        index: Which of the processes this is.
+        count: How many there are.
+        gather: Arrays of all processes behind each other along axis 1; where there are several.
+    """
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[Array], Array] | None = field(default=None, compare=False, repr=False)
+
+    def whole(self, x: Array) -> Array:
+        """`x` [B, H / count, ...] of all processes' heads, [B, H, ...]."""
+        if self.count == 1:
+            return x
+        assert self.gather is not None
+        return self.gather(x)
+
+    def own(self, x: Array, axis: int = 1) -> Array:
+        """This process's heads of an array that has all heads on an axis."""
+        size = x.shape[axis] // self.count
+        return x[(slice(None),) * axis + (slice(size * self.index, size * (self.index + 1)),)]
+
+
+ALONE = Shard()  # one process has all heads
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """The sizes of a model that a cache, a map or a set of kernels depends on.
 
@@ -116,7 +148,7 @@ class ModelShape:
         context_length: How many tokens it was made for, if it says so.
         dtype_bytes: Of one number in keys and values.
         layer_kinds: Of each layer with a cache of its own: `full_attention` and others.
-        shard: Which of how many processes this is, where heads are split among some.
+        shard: Which of its heads this process has.
     """
 
     family: str
@@ -128,7 +160,7 @@ class ModelShape:
     context_length: int | None
     dtype_bytes: int
     layer_kinds: tuple[str, ...]
-    shard: tuple[int, int] = (0, 1)
+    shard: Shard = ALONE
 
     @property
     def full_layers(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from kvc import demo
+from kvc.backends.base import ModelShape
 from kvc.errors import CacheFileError, KVCError
 from kvc.files.cache import DEFLATED, CacheFile, Entry, deflated, open_cache, write_cache
 from kvc.files.header import CACHE, header_of
@@ -44,6 +45,7 @@ def save(
     """Writes a cache whole or not at all; see `kvc.save_cache`."""
     saved = import_module(f"kvc.backends.{library}.saved")
     shape = import_module(f"kvc.backends.{library}.cache").shape_of(model)
+    _check_whole(path, shape)
     store = saved.store_of(cache)
     ids = np.asarray(tokens, np.int64)
     ids = ids[None] if ids.ndim == 1 else ids
@@ -80,6 +82,7 @@ def load(
     adapter = import_module(f"kvc.backends.{library}.cache")
     with open_cache(path) as file:
         shape = adapter.shape_of(model)
+        _check_whole(path, shape)
         if file.header["model"] != shape.fingerprint:
             raise CacheFileError(
                 f"{path}: expected a cache of this model, {shape.fingerprint}, got one of "
@@ -101,6 +104,15 @@ def load(
         ids = reader.ids(shape.vocab_size)
         reader.end()
     return cache, ids[0] if len(ids) == 1 else ids
+
+
+def _check_whole(path: str | Path, shape: ModelShape) -> None:
+    """That this process has all heads, as a file does."""
+    if shape.shard.count > 1:
+        raise CacheFileError(
+            f"{path}: expected a model with all heads in one process, got one whose heads "
+            f"{shape.shard.count} processes share; load it in one to keep its cache in files"
+        )
 
 
 def _check_sizes(reader: Archive, layer: int, expected: tuple[int, int]) -> None:

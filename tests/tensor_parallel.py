@@ -9,24 +9,32 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import kvc
+from kvc.errors import KVCError
 from kvc.files import write_kernels
 from kvc.methods import parse
 from kvc.ops.evict import Kernels
 from tests.settings import lossy
 
 LAYERS, HEADS, KV_HEADS, D, VOCAB = 4, 8, 4, 8, 97
-PROMPT, NEW = 50, 20
-METHODS = {"none": {}, **lossy(8)}
+PROMPT, NEW = 50, 10
+HELD = [1, 2, 3]  # tokens of a cache in a file
+SOME = {"gear.outliers": 0.1}  # so that rows as short as these have some
+OUTLIERS = {"gear-s", "gear", "gear2", "minicache+gear", "kvsharer+gear"}
+METHODS = {
+    "none": {},
+    **{name: {**given, **(SOME if name in OUTLIERS else {})} for name, given in lossy(8).items()},
+}
 
 
 def prepare(folder: Path) -> None:
-    """Writes a small model, and kernels of LESS for it, into a folder."""
+    """Writes a small model, kernels of LESS for it and a file of a cache into a folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,6 +60,9 @@ def prepare(folder: Path) -> None:
         for layer in range(LAYERS)
     }
     write_kernels(folder / "kernels.safetensors", maps, shape_of(model).fingerprint, {})
+    cache = kvc.make_cache(model, "none")
+    model(torch.tensor([HELD]), past_key_values=cache)
+    kvc.save_cache(cache, folder / "held.kvc", HELD, model=model)
 
 
 class Torch:
@@ -106,6 +117,25 @@ class MLX:
         """Nothing is to be left."""
 
 
+def refused(model: Any, folder: Path) -> list[str]:
+    """What is said of requests that need all heads, where it is refused."""
+    cache = kvc.make_cache(model, "none")
+    token = parse("minicache", {"granularity": "token"})
+    requests: list[Callable[[], Any]] = [
+        lambda: kvc.load_cache(model, folder / "held.kvc"),
+        lambda: kvc.save_cache(cache, folder / "no.kvc", HELD, model=model),
+        lambda: kvc.make_cache(model, token),
+        lambda: kvc.make_cache(model, "kcvt", graph=True),
+    ]
+    found = []
+    for request in requests:
+        try:
+            request()
+        except KVCError as error:
+            found.append(str(error))
+    return found
+
+
 def main(library: str, folder: Path) -> None:
     """Runs every method."""
     lab = {"torch": Torch, "mlx": MLX}[library](folder)
@@ -116,7 +146,8 @@ def main(library: str, folder: Path) -> None:
         settings = {k: kernels if v == "KERNELS" else v for k, v in given.items()}
         cache = kvc.make_cache(lab.model, parse(name, settings))
         tokens = lab.run(ids, cache)
-        found[name] = {"tokens": tokens, "nbytes": kvc.report(cache).nbytes}
+        found[name] = {"tokens": tokens, "parts": kvc.report(cache).parts}
+    found["refused"] = refused(lab.model, folder)
     if lab.first:
         print(json.dumps(found), flush=True)
     lab.end()

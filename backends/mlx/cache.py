@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from kvc.backends.base import FULL, ModelShape
+from kvc.backends.base import ALONE, FULL, ModelShape, Shard
 from kvc.backends.fit import (
     Fit,
     check_eviction,
@@ -157,8 +157,8 @@ def joins(model: Any) -> bool:
 def _shape(model: Any, plain: list[Any], filled: KVCEntry) -> ModelShape:
     """The model's sizes, those of keys from an entry that the model has filled."""
     _, n_kv_heads, _, head_dim = filled.new_shapes[0]
-    shard, shards = _shard(model, n_kv_heads)
-    n_kv_heads *= shards
+    shard = _shard(model, n_kv_heads)
+    n_kv_heads *= shard.count
     return ModelShape(
         family=next(_settings(model, str, "model_type"), name_of(model)),
         n_layers=len(model.layers),
@@ -169,16 +169,24 @@ def _shape(model: Any, plain: list[Any], filled: KVCEntry) -> ModelShape:
         context_length=next(_settings(model, int, *_CONTEXT), None),
         dtype_bytes=filled.dtype_bytes,
         layer_kinds=tuple(_KINDS.get(type(c).__name__, type(c).__name__) for c in plain),
-        shard=(shard, shards),
+        shard=shard,
     )
 
 
-def _shard(model: Any, n_kv_heads: int) -> tuple[int, int]:
-    """Which of how many processes this is, if a model's heads are split among those."""
+def _shard(model: Any, n_kv_heads: int) -> Shard:
+    """This process's part of a model's heads, if they are split."""
     group = mx.distributed.init()
     whole = next(_settings(model, int, *_N_KV_HEADS), n_kv_heads)
     split = group.size() > 1 and whole == n_kv_heads * group.size()
-    return (group.rank(), group.size()) if split else (0, 1)
+
+    def gather(x: mx.array) -> mx.array:
+        found = mx.distributed.all_gather(x.swapaxes(0, 1), group=group).swapaxes(0, 1)
+        # What a process looks at early depends on its own heads; if this waited for that, the
+        # processes would talk in different orders.
+        mx.eval(found)
+        return found
+
+    return Shard(group.rank(), group.size(), gather) if split else ALONE
 
 
 def _settings(model: Any, kind: type, *names: str) -> Iterator[Any]:

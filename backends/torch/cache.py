@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from kvc.backends.base import ModelShape
+from kvc.backends.base import ALONE, ModelShape, Shard
 from kvc.backends.fit import (
     Fit,
     check_eviction,
@@ -39,6 +39,7 @@ from kvc.backends.torch.projections import (
 from kvc.backends.torch.rows import KVCRows
 from kvc.errors import ConfigError
 from kvc.methods import Method, parse
+from kvc.ops.codec import spans_heads
 
 # Largest difference of logits in the trial, relative to the largest logit.
 TRIAL_TOL = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -100,6 +101,11 @@ def make_cache(
     cache = KVCCache(model.config, method, prefill, fit.mode)
     cache.kinds = describe(fit.shape, cache.store)
     if graph:
+        if _gathers(method, fit.shape):
+            raise ConfigError(
+                "graph: expected values that each process codes alone, got a method whose outliers "
+                f"or steps span the heads of {fit.shape.shard.count} processes; leave it out"
+            )
         if reason := why_not(model, method, fit.mode, len(cache.others)):
             raise ConfigError(f"graph: expected {reason}; leave it out")
         cache.steps = Steps(cache, record)
@@ -112,6 +118,15 @@ def make_cache(
             joins(model)  # the trial reads the weights
             free_projections(model, cache.sharers)
     return cache
+
+
+def _gathers(method: Method, shape: ModelShape) -> bool:
+    """Whether processes that share a model's heads must meet to code its values."""
+    codec = method.codec
+    if codec is None or shape.shard.count == 1:
+        return False
+    spec = codec.spec("v", codec.buffer, shape.head_dim)
+    return spans_heads(spec, codec.outliers, shape.n_kv_heads)
 
 
 def watch(model: PreTrainedModel) -> None:
@@ -210,19 +225,36 @@ def _shape(model: PreTrainedModel, cache: KVCCache) -> ModelShape:
     """The model's sizes, those of keys from a cache that the model has filled."""
     config = model.config.get_text_config(decoder=True)
     keys = cast("tuple[torch.Tensor, torch.Tensor]", cache.store.dense(0))[0]
-    shards = model.tp_size or 1
+    shard = _shard(model)
     return ModelShape(
         family=config.model_type,
         n_layers=config.num_hidden_layers,
         n_heads=config.num_attention_heads,
-        n_kv_heads=keys.shape[1] * shards,
+        n_kv_heads=keys.shape[1] * shard.count,
         head_dim=keys.shape[3],
         vocab_size=config.vocab_size,
         context_length=getattr(config, "max_position_embeddings", None),
         dtype_bytes=keys.itemsize,
         layer_kinds=tuple(map(kind_of, DynamicCache(config=config).layers)),
-        shard=(torch.distributed.get_rank() % shards if shards > 1 else 0, shards),
+        shard=shard,
     )
+
+
+def _shard(model: PreTrainedModel) -> Shard:
+    """This process's part of a model's heads, if they are split by transformers."""
+    count = model.tp_size or 1
+    if count == 1:
+        return ALONE
+    mesh = model._device_mesh
+    group = (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
+
+    def gather(x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        found = [torch.empty_like(x) for _ in range(count)]
+        torch.distributed.all_gather(found, x, group=group)
+        return torch.cat(found, 1)
+
+    return Shard(torch.distributed.get_rank(group), count, gather)
 
 
 def _trial(model: PreTrainedModel, cache: KVCCache, expected: torch.Tensor) -> str | None:

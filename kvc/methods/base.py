@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 
-from kvc.backends.base import ModelShape
+from kvc.backends.base import ALONE, ModelShape, Shard
 from kvc.errors import ConfigError
 from kvc.files import check_model, sharers
 from kvc.methods.gear import Gear
@@ -24,8 +24,8 @@ class Method:
     codec: Gear | None = None
     # the model's numbers of the layers that the store has, set by `check`
     numbers: tuple[int, ...] = field(default=(), compare=False)
-    # which of how many processes has the heads, where a model is split by them; set by `check`
-    shard: tuple[int, int] = field(default=(0, 1), compare=False)
+    # which of the model's heads this process has; set by `check`
+    shard: Shard = field(default=ALONE, compare=False)
     # fingerprint of the only model that it is for, if it was tuned for one
     model: str = field(default="", compare=False)
 
@@ -83,6 +83,16 @@ class Method:
             raise ConfigError(
                 f"{self.name}: expected two layers to merge behind the start, got a model with "
                 f"{len(numbers)} layers that keep all tokens; set minicache.start=0 or leave it out"
+            )
+        if (
+            isinstance(layout, MiniCache)
+            and layout.granularity == "token"
+            and shape.shard.count > 1
+        ):
+            raise ConfigError(
+                f"{self.name}: expected one direction for each head where {shape.shard.count} "
+                "processes share a model's heads, got granularity=token; set "
+                "minicache.granularity=head"
             )
         shared: dict[int, int] = {}
         if isinstance(layout, KVSharer):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from kvc.backends.base import Array, ops_of
+from kvc.backends.base import Array, Shard, ops_of
 from kvc.ops.dispatch import op
 from kvc.ops.quant import Backbone, Quantized, Role, dequantize, quantize
 from kvc.ops.residual import (
@@ -27,6 +27,8 @@ from kvc.ops.residual import (
     clear,
     fill,
     find_outliers,
+    of_channels,
+    outlier_count,
     power_iteration,
     start,
     take_rows,
@@ -124,6 +126,28 @@ def turn(x: Array, spec: Spec) -> Array:
     Without a rotation that is `x` itself.
     """
     return hadamard(x) if spec.rotate else x
+
+
+def spans_heads(spec: Spec, outliers: float, heads: int) -> bool:
+    """Whether a head's code depends on the others of all `heads`, as some of values do.
+
+    A row that outliers are chosen in has all heads of a token, and so has a group of kcvt.
+    """
+    groups = spec.backbone == "kcvt" and not spec.scales
+    return spec.role == "v" and (groups or outlier_count(outliers, heads * spec.head_dim) > 0)
+
+
+def own_heads(code: Code, shard: Shard, channels: int) -> Code:
+    """A process's own heads, of `channels` together, of values coded with all heads.
+
+    Groups of kcvt and outliers are not divided: each process has those of all heads.
+    """
+
+    def own(x: Array) -> Array:
+        return x if x.shape[1] == 1 else shard.own(x)
+
+    found = map_code(own, code._replace(s=None))
+    return found._replace(s=code.s and of_channels(code.s, shard.index * channels, channels))
 
 
 def arrays(code: Code) -> Iterator[tuple[str, Array]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvc.backends.base import Array, ops_of
+from kvc.backends.base import ALONE, Array, Shard, ops_of
 from kvc.ops.attention import SCORES, causal_mask, scores_of
 from kvc.ops.dispatch import op
 
@@ -59,8 +59,9 @@ def log_probs(
     valid: Array | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
+    shard: Shard = ALONE,
 ) -> Array:
-    """Log of each key's probability for one query, summed over all heads.
+    """Log of each key's probability for one query, summed over all heads, of all processes.
 
     In logs, because the least probabilities, which a ranking asks for, are no float32 numbers.
 
@@ -69,7 +70,7 @@ def log_probs(
     (B, Hq, _, _), T = q.shape, k.shape[2]
     scores = scores_of(q, k, scale, softcap, valid)
     logs = (scores - _log_sum_exp(_with_sinks(scores, sinks), -1)).reshape(B, Hq, T)
-    return _log_sum_exp(logs, 1)[:, 0]
+    return _log_sum_exp(shard.whole(logs), 1)[:, 0]
 
 
 def _with_sinks(scores: Array, sinks: Array | None) -> Array:

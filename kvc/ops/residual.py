@@ -111,6 +111,25 @@ def add_rows(x: Array, outliers: Outliers, role: Role, start: int = 0) -> Array:
     return unrows(xp.add_along_axis(rows(x, role), index, delta, -1), x.shape, role)
 
 
+def of_channels(outliers: Outliers, first: int, count: int) -> Outliers:
+    """Outliers of values for `count` of the channels, from `first` on.
+
+    Rows keep their length, as how many lie there differs: the others add zero to the first or last
+    channel. Those come before one that is kept there, since a reader may take the last of a place.
+    """
+    xp = ops_of(outliers.index)
+    index = xp.astype(outliers.index, xp.dtype("int32"))
+    if xp.itemsize(outliers.index) == 2:
+        index = index & 0xFFFF
+    inside = (index >= first) & (index < first + count)
+    delta = xp.where(inside, outliers.delta, 0)
+    index = xp.minimum(xp.maximum(index - first, 0), count - 1)
+    order = xp.argsort(2 * index + xp.astype(inside, index.dtype), -1)
+    index = xp.take_along_axis(index, order, -1)
+    places = xp.astype(index, xp.dtype("int16" if count <= 2**16 else "int32"))
+    return Outliers(places, xp.take_along_axis(delta, order, -1))
+
+
 class Seed(NamedTuple):
     """What the start of a block's power iteration depends on."""
 

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvc.backends.base import Array, ops_of
+from kvc.backends.base import ALONE, Array, Shard, ops_of
 from kvc.methods.gear import Gear
 from kvc.ops import folded
-from kvc.ops.codec import Code, Spec, arrays, decode, encode, map_code, turn
+from kvc.ops.codec import (
+    Code,
+    Spec,
+    arrays,
+    decode,
+    encode,
+    map_code,
+    own_heads,
+    spans_heads,
+    turn,
+)
 from kvc.ops.past import Layout, Past
 from kvc.ops.quant import Role
 from kvc.ops.residual import Seed
@@ -102,7 +112,7 @@ class Coded(Past):
     role: Role
     layer: int
     runs: list[Run] = field(default_factory=list)
-    shard: tuple[int, int] = (0, 1)  # see `Seed`
+    shard: Shard = ALONE  # the heads that they have
 
     @property
     def n(self) -> int:
@@ -118,8 +128,15 @@ class Coded(Past):
         """Codes a block of finite tokens [B, H, n, D] with a low-rank fit of `rank`."""
         codec, count = self.codec, sum(run.n for run in self.runs)
         spec = codec.spec(self.role, x.shape[2], x.shape[3])
-        seed = Seed(codec.seed, self.layer, count, self.shard)
+        shard, (_, heads, _, head_dim) = self.shard, x.shape
+        joint = shard.count > 1 and spans_heads(spec, codec.outliers, heads * shard.count)
+        if joint:  # every process codes all heads and keeps its own
+            x = shard.whole(x)
+        of = (0, 1) if joint else (shard.index, shard.count)
+        seed = Seed(codec.seed, self.layer, count, of)
         code = encode(x, spec, rank=rank, outliers=codec.outliers, n_iter=codec.n_iter, seed=seed)
+        if joint:
+            code = own_heads(code, shard, heads * head_dim)
         if self.runs and self.runs[-1].spec == spec and _alike(self.runs[-1].code, code):
             self.runs[-1].append(code)
         else:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvc.backends.base import Array, ops_of
+from kvc.backends.base import ALONE, Array, Shard, ops_of
 from kvc.errors import ConfigError
 from kvc.methods.gear import Gear
 from kvc.methods.less import Less
@@ -48,6 +48,7 @@ class Evicting:
     start: int = 0  # where its oldest is
     seen: int = 0
     fresh: int = 0  # tokens of the newest append
+    shard: Shard = ALONE  # the heads that they have
 
     @classmethod
     def of(
@@ -60,6 +61,7 @@ class Evicting:
         v: Array,
         score: Array | None,
         watch: Watch,
+        shard: Shard,
     ) -> Evicting:
         """The cache of a prompt [B, H, T, D] of which all is in the ring still.
 
@@ -73,6 +75,7 @@ class Evicting:
         pos = xp.copy(xp.broadcast_to(xp.arange(T, k), (B, H, T)))
         kept = Kept.empty(k, int(less.heavy), heavy, codec)
         unit = cls(less, layer, maps, k, v, pos, score, kept, watch=watch, n=T, seen=T, fresh=T)
+        unit.shard = shard
         if own := maps(layer):
             R = own.b2.shape[-1]
             unit.state, unit.norm = xp.zeros((B, H, R, D), wide, k), xp.zeros((B, H, R), wide, k)
@@ -165,11 +168,11 @@ class Evicting:
         if query is None:
             return None
         xp, h = ops_of(query.q), self.kept.n
-        last = query.q[:, :, -1:]
         k, valid = self._keys(self.n)
         found = log_probs(
-            last, k, query.scale, valid=valid, softcap=query.softcap, sinks=query.sinks
-        )
+            query.q[:, :, -1:], k, query.scale,
+            valid=valid, softcap=query.softcap, sinks=query.sinks, shard=self.shard,
+        )  # fmt: skip
         found = xp.broadcast_to(found[:, None], k.shape[:3])
         return found[..., :h], found[..., h:]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from kvc.backends.base import Array, ops_of
+from kvc.backends.base import ALONE, Array, Shard, ops_of
 from kvc.methods.minicache import MiniCache
 from kvc.ops.merge import Thresholds, merge_pair, restore, retained, thresholds, vectors
 from kvc.ops.past import Layout
@@ -83,6 +83,7 @@ class Merged:
     norms: tuple[Room, Room] | None = None  # [B, G, T] of layers a and b; `mean` has none
     originals: Originals | None = None
     limits: Thresholds | None = None
+    shard: Shard = ALONE  # the heads that they have
 
     @property
     def n(self) -> int:
@@ -98,9 +99,13 @@ class Merged:
         method, xp, dtype = self.method, ops_of(a), a.dtype
         e, norm_a, norm_b, angle = merge_pair(a, b, method.t, method.how, method.granularity)
         first = max(0, method.always_keep - self.n)
-        keep = retained(angle, method.retention, method.gamma, self.limits, first)
-        if self.limits is None and method.retention != "none":
+        if self.limits is None and method.retention != "none":  # they are of all heads
+            angle = self.shard.whole(angle)
+            keep = retained(angle, method.retention, method.gamma, None, first)
+            keep = self.shard.own(keep)
             self.limits = thresholds(angle, method.retention, method.gamma)
+        else:
+            keep = retained(angle, method.retention, method.gamma, self.limits, first)
         self._retain(keep, a, b)
         if isinstance(self.directions, Coded):
             self.directions.append(xp.astype(e * math.sqrt(e.shape[-1]), dtype), rank)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kvc.backends.base import Array
+from kvc.backends.base import ALONE, Array, Shard
 from kvc.methods.gear import Gear
 from kvc.methods.minicache import MiniCache
 from kvc.ops.past import Layout, Past
@@ -68,7 +68,7 @@ class Pair:
     tails: tuple[Tokens, Tokens]
     k: Merged | None = None
     v: Merged | None = None
-    shard: tuple[int, int] = (0, 1)  # which of how many processes has these heads
+    shard: Shard = ALONE  # the heads that they have
 
     @property
     def faces(self) -> tuple[Tokens, Tokens]:
@@ -129,7 +129,7 @@ class Pair:
         if merged is None:
             empty = Room.of(a.tokens(0, 0))
             coded = codec and Coded(codec, role, self.layer, shard=self.shard)
-            merged = Merged(self.method, coded or empty)
+            merged = Merged(self.method, coded or empty, shard=self.shard)
         rank = 0 if codec is None else codec.prefill_rank if prompt else codec.rank
         for start in range(first, first + n, size):
             merged.append(a.tokens(start, start + size), b.tokens(start, start + size), rank)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-from kvc.backends.base import Array, ops_of
+from kvc.backends.base import Array, Shard, ops_of
 from kvc.errors import ConfigError
 from kvc.methods.base import Method
 from kvc.methods.minicache import MiniCache
@@ -54,7 +54,7 @@ class KVStore:
         self._pairs = method.pairs(n_layers)
         self._numbers = method.numbers or range(n_layers)
         files = method.memory.maps(self._numbers) if method.memory else {}
-        self._files = {layer: _sharded(maps, *method.shard) for layer, maps in files.items()}
+        self._files = {layer: _own(maps, method.shard) for layer, maps in files.items()}
         self._maps: dict[int, Kernels] = {}  # the same in the library of the tokens
         self._prompting = False
         self.changes = 0  # grows with everything but `advance`
@@ -82,18 +82,19 @@ class KVStore:
     def _slot(self, layers: tuple[int, ...]) -> Slot:
         # What a slot starts with is not the store: copies of the slot would keep its tokens alive.
         method, first, maps = self.method, layers[0], self._maps.get
+        shard = method.shard
         codec = method.codec and method.codec.of(self._numbers[first])
 
         def start(wholes: list[Whole], score: Array | None, watch: Watch) -> Unit:
             k, v = wholes[0]
             if method.memory:
                 tokens = (k.tokens(), v.tokens())
-                return Evicting.of(method.memory, codec, first, maps, *tokens, score, watch)
+                return Evicting.of(method.memory, codec, first, maps, *tokens, score, watch, shard)
             if len(wholes) == 1:
-                return Tokens(Series(k), Series(v), codec, first, shard=method.shard)
+                return Tokens(Series(k), Series(v), codec, first, shard=shard)
             a, b = (Tokens(Series(k), Series(v)) for k, v in wholes)
             assert isinstance(method.layout, MiniCache)
-            return Pair(method.layout, codec, first, (a, b), shard=method.shard)
+            return Pair(method.layout, codec, first, (a, b), shard=shard)
 
         return Slot(layers, start, method.memory.policy if method.memory else "")
 
@@ -290,6 +291,6 @@ class KVStore:
         return measure(self._slots, len(self._owners), dense)
 
 
-def _sharded(maps: Kernels, shard: int, shards: int) -> Kernels:
-    """The learned maps of a process's heads, where a model is split by them."""
-    return Kernels(*(x[len(x) * shard // shards : len(x) * (shard + 1) // shards] for x in maps))
+def _own(maps: Kernels, shard: Shard) -> Kernels:
+    """The learned maps of a process's heads."""
+    return Kernels(*(shard.own(x, 0) for x in maps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kvc.backends.base import Array, ops_of
+from kvc.backends.base import ALONE, Array, Shard, ops_of
 from kvc.methods.gear import Gear
 from kvc.ops.attention import Partial, attend_coded, attend_dense
 from kvc.ops.past import Layout, Past
@@ -105,7 +105,7 @@ class Tokens:
     codec: Gear | None = None
     layer: int = 0
     clock: Clock | None = None  # of recorded steps
-    shard: tuple[int, int] = (0, 1)  # which of how many processes has these heads
+    shard: Shard = ALONE  # the heads that they have
 
     @property
     def faces(self) -> tuple[Tokens]:
