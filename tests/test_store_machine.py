@@ -47,7 +47,8 @@ from tests.store_lab import (
 )
 from tests.tolerances import TOLERANCES
 
-STEPS, EXAMPLES = 40, 45  # of a history; histories of each library and kind
+STEPS, EXAMPLES = 40, 75  # of a history, at most; histories of each library and kind
+LEAST = 1700  # steps of those together: 10,000 of all six
 MOST = 3  # stores at a time
 LOSSLESS, LOSSY = lossless(8), lossy(8)
 
@@ -272,4 +273,4 @@ def test_no_history_differs(library: str, exact: bool, tmp_path: Path) -> None:
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     run_state_machine_as_test(machine, settings=asked)
-    assert machine.taken >= STEPS * EXAMPLES * 0.9
+    assert machine.taken >= LEAST
