@@ -127,6 +127,7 @@ class FakeModel:
         self.gate.set()
         self.batches: list[FakeBatch] = []
         self.rests = 0
+        self.closed_in: int | None = None
 
     def batch(self) -> FakeBatch:
         self.batches.append(FakeBatch(self.limit, self.gate))
@@ -140,6 +141,9 @@ class FakeModel:
 
     def rest(self) -> None:
         self.rests += 1
+
+    def close(self) -> None:
+        self.closed_in = threading.get_ident()
 
     def report(self, cache: Any) -> Report:
         return Report(len(cache), 4 * len(cache), 4.0, {}, [])

@@ -92,6 +92,13 @@ def test_who_has_nothing_to_do_gives_memory_back_once(monkeypatch: pytest.Monkey
         until(lambda: server.model.rests == 2)
         time.sleep(0.1)
         assert server.model.rests == 2
+        assert server.model.closed_in is None
+
+
+def test_what_libraries_keep_for_the_thread_ends_in_it() -> None:
+    with serving(FakeModel()) as server:
+        thread = server.worker._thread.ident
+    assert server.model.closed_in == thread
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -34,6 +34,9 @@ class Model(Protocol):
     def rest(self) -> None:
         """Gives back what memory it can: nothing is to be done for a while."""
 
+    def close(self) -> None:
+        """Ends what the library keeps for this thread, which is the last that it hears of it."""
+
 
 class Served:
     """An engine whose caches all have one method.
@@ -88,6 +91,17 @@ class Served:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+    def close(self) -> None:
+        """Ends what the library keeps for this thread, the last thing done in it.
+
+        MLX has compiled functions of each thread. The end of the thread would drop them too, but
+        `Thread.join` does not wait for that: Python may be gone by then, and the process aborts.
+        """
+        if self.engine.name == "mlx":
+            import mlx.core as mx
+
+            mx.clear_streams()
 
     def report(self, cache: Any) -> Report:
         """The bytes of a cache."""

@@ -151,6 +151,7 @@ class Worker:
                 self._running.clear()
             for job in left:
                 job.deliver(Update(error=APIError(503, "the server ended", code="unavailable")))
+            model.close()
 
     def _step(self, model: Model, batch: Batch) -> None:
         """One step; while the worker waits, nothing here holds on to a cache."""
