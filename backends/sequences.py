@@ -24,7 +24,8 @@ class Event:
         kind: `prefill`: a piece of the prompt is done. `segment`: one of its segments is, but the
             last. `token`: one is there, the one that stops it too. `end`, `error`: all is said.
         done: Of `prefill`: tokens of the prompt up to now, of `total`. `index`: the segment's.
-        finish: "stop" where a stop token came, "length" where `max_tokens` were made.
+        finish: "stop" where a stop token came, "length" where `max_tokens` were made; None where
+            `Batch.remove` made the end.
         cache: Of `segment` a copy up to there, of `end` the cache itself.
         ids: What it holds behind what it came with; the last token generated may be missing.
         error: What this sequence's work raised; all others go on.
@@ -71,5 +72,8 @@ class Batch(Protocol):
     def step(self) -> list[Event]:
         """A piece of one prompt, or a token of every sequence, in turns; [] when all is done."""
 
-    def remove(self, key: int) -> None:
-        """Forgets a sequence at any stage; one that is gone already is no error."""
+    def remove(self, key: int) -> Event | None:
+        """Takes a sequence out at any stage; one that is gone already is no error.
+
+        Returns its end, of no finish, if it was beyond its prompt: the cache is whole then.
+        """

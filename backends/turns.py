@@ -106,7 +106,7 @@ class Turns:
         seed: int | None = None,
         stop_tokens: Sequence[int] | None = None,
     ) -> int:
-        """Queues the rest of a prompt; see `kvc.backends.base.Batch`."""
+        """Queues the rest of a prompt; see `kvc.backends.sequences.Batch`."""
         prompt = [token for segment in segments for token in segment]
         if not prompt:
             raise ConfigError("batch: expected a token of the prompt behind the cache, got none")
@@ -136,11 +136,11 @@ class Turns:
         self._stepped = True
         return self._token() if self._running else []
 
-    def remove(self, key: int) -> None:
-        """Forgets a sequence at any stage; one that is gone already is no error."""
-        if row := self._running.pop(key, None):
-            self._runner.leave(row)
+    def remove(self, key: int) -> Event | None:
+        """Takes a sequence out at any stage; see `kvc.backends.sequences.Batch`."""
         self._waiting = deque(row for row in self._waiting if row.key != key)
+        row = self._running.pop(key, None)
+        return self._end(row) if row else None
 
     def _prompt(self, row: Row) -> list[Event]:
         """The next piece of a prompt."""
@@ -194,8 +194,11 @@ class Turns:
         else:
             return
         del self._running[row.key]
+        yield self._end(row, finish)
+
+    def _end(self, row: Row, finish: Literal["stop", "length"] | None = None) -> Event:
         cache = self._runner.leave(row)
-        yield Event(row.key, "end", finish=finish, cache=cache, ids=tuple(row.ids))
+        return Event(row.key, "end", finish=finish, cache=cache, ids=tuple(row.ids))
 
 
 def _pieces(

@@ -106,15 +106,21 @@ class FakeBatch:
         row.new.append(token)
         events = [Event(key, "token", piece=Piece(chr(token) * self.wide, token))]
         if len(row.new) == row.max_tokens:
-            del self.rows[key]
-            ids = [t for s in row.segments for t in s] + row.new
-            row.cache.extend(row.new)
-            events.append(Event(key, "end", finish="length", cache=row.cache, ids=tuple(ids)))
+            events.append(self._end(key, "length"))
         return events
 
-    def remove(self, key: int) -> None:
+    def _end(self, key: int, finish: Any = None) -> Event:
+        row = self.rows.pop(key)
+        ids = [t for s in row.segments for t in s] + row.new
+        row.cache.extend(row.new)
+        return Event(key, "end", finish=finish, cache=row.cache, ids=tuple(ids))
+
+    def remove(self, key: int) -> Event | None:
         self.removed.append(key)
+        if key in self.rows and self.rows[key].new:
+            return self._end(key)
         self.rows.pop(key, None)
+        return None
 
 
 class FakeModel:

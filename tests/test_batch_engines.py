@@ -169,14 +169,30 @@ def test_sequences_can_be_removed_at_any_stage(engine: Any, prompts: Any) -> Non
     assert log.of(prompting, "prefill")
     assert not log.of(waiting, "prefill")
     store = weakref.ref(row_store(engine, log.batch, running))
-    for key in (running, prompting, waiting, running, 99):
-        log.batch.remove(key)
+    gone = (running, prompting, waiting, running, 99)
+    assert [log.batch.remove(key) is None for key in gone] == [False, True, True, True, True]
     gc.collect()
     assert store() is None
     told = len(log.events)
     log.run()
     assert {event.key for event in log.events[told:]} == {stays}
     assert log.tokens(stays) == expected
+
+
+def test_a_removed_sequences_cache_goes_on(engine: Any, prompts: Any) -> None:
+    log = Log(engine.batch(limit=2, prefill_step=STEP))
+    log.batch.add([prompts[1]], engine.make_cache(GEAR), max_tokens=20)
+    key = log.batch.add([prompts[0]], engine.make_cache(GEAR), max_tokens=20)
+    while len(log.tokens(key)) < 5:
+        log.run(1)
+    end, made = log.batch.remove(key), len(log.tokens(key))
+    assert end is not None
+    assert (end.kind, end.finish) == ("end", None)
+    assert engine.store(end.cache).length() == len(end.ids)
+    expected = alone(engine, prompts[0], engine.make_cache(GEAR), 12)
+    assert log.tokens(key) == expected[:made]
+    rest = [*prompts[0], *expected[: made + 1]][len(end.ids) :]
+    assert alone(engine, rest, end.cache, 11 - made) == expected[made + 1 :]
 
 
 def row_store(engine: Any, batch: Any, key: int) -> Any:

@@ -111,6 +111,10 @@ def test_a_text_ends_the_answer_and_is_left_out(client: openai.OpenAI) -> None:
     got = client.completions.create(model="fake", prompt="hi", max_tokens=40, stop=[stop, "zzz"])
     assert got.choices[0].text == whole[: whole.index(stop)]
     assert got.choices[0].finish_reason == "stop"
+    read = "hi" + whole[: whole.index(stop) + len(stop)]
+    assert got.usage is not None
+    held = {"cache_bytes": len(read), "dense_bytes": 4 * len(read)}
+    assert got.usage.model_extra == {"kvc": held}
     pieces = client.completions.create(
         model="fake", prompt="hi", max_tokens=40, stop=stop, stream=True
     )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvc.errors import KVCError
 from kvc.serve.prefixes import GAP, TAIL, Prefixes, shared
-from tests.serve_fake import FakeModel, serving
+from tests.serve_fake import FakeModel, answer, serving
 from tests.test_serve_faults import Folder
 
 A, B, C = 50 * [1], 50 * [2], 50 * [3]
@@ -94,6 +94,15 @@ def test_a_conversation_goes_on_from_its_last_answer() -> None:
             messages.append(row["choices"][0]["message"] | {"role": "assistant"})
             messages[-1].pop("refusal")
             messages.append({"role": "user", "content": "And?"})
+
+
+def test_an_answer_that_ended_by_a_text_is_stored_too() -> None:
+    prompt, stop = "d" * 100, answer("d" * 100, 60)[40:46]
+    with serving(FakeModel(prefixes=stored())) as server:
+        assert server.post(prompt=prompt, stop=stop, max_tokens=60).is_success
+        more = prompt + answer(prompt, 60)
+        usage = server.post(prompt=more, max_tokens=1).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 100 + 46
 
 
 def test_those_used_least_recently_leave() -> None:

@@ -36,15 +36,12 @@ class Form(Protocol):
 def usage(counts: Counts | None) -> Usage:
     """What a job took, as the API says it."""
     assert counts is not None
-    held = None
-    if counts.cache_bytes is not None and counts.dense_bytes is not None:
-        held = CacheBytes(cache_bytes=counts.cache_bytes, dense_bytes=counts.dense_bytes)
     return Usage(
         prompt_tokens=counts.prompt,
         completion_tokens=counts.generated,
         total_tokens=counts.prompt + counts.generated,
         prompt_tokens_details=CachedTokens(cached_tokens=counts.cached),
-        kvc=held,
+        kvc=CacheBytes(cache_bytes=counts.cache_bytes, dense_bytes=counts.dense_bytes),
     )
 
 

@@ -20,15 +20,14 @@ class Counts:
 
     Attributes:
         prompt: Tokens of the prompt, `cached` of which were read from a stored cache.
-        cache_bytes: Of the cache at the end, and `dense_bytes` of a dense one; None where the job
-            ended by a text, in the midst of a batch.
+        cache_bytes: Of the cache at the end, and `dense_bytes` of a dense one.
     """
 
     prompt: int
     cached: int
     generated: int
-    cache_bytes: int | None = None
-    dense_bytes: int | None = None
+    cache_bytes: int
+    dense_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ class Run:
     stops: Stops
     generated: int = 0
 
-    def counts(self, report: Report | None = None) -> Counts:
-        """What it took so far, and the bytes of its cache where they are known."""
-        sizes = (report.nbytes, report.dense_bytes) if report else (None, None)
+    def counts(self, report: Report) -> Counts:
+        """What it took, with the bytes of its cache."""
+        sizes = report.nbytes, report.dense_bytes
         return Counts(len(self.job.ids), self.start, self.generated, *sizes)

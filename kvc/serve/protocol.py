@@ -166,7 +166,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-    kvc: CacheBytes | None = None
+    kvc: CacheBytes
 
 
 Finish = Literal["stop", "length"]

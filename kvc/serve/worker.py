@@ -217,7 +217,7 @@ class Worker:
     def _take(self, model: Model, batch: Batch, event: Event) -> None:
         """Passes on what a step has done for one job."""
         run = self._running.get(event.key)
-        if run is None:  # it ended by a text in this very step
+        if run is None:
             return
         job = run.job
         if event.kind == "segment" and event.index < len(run.cuts):
@@ -227,17 +227,23 @@ class Worker:
                 self.metrics.first_token.observe(time.perf_counter() - job.created)
             run.generated += 1
             text = run.stops.add(event.piece.text)
-            if run.stops.found:
-                batch.remove(event.key)
-                self._end(event.key, Update(text, "stop", run.counts()))
-            elif text:
+            if text:
                 job.deliver(Update(text))
+            # without an end of its own here, the sequence's is in this very step
+            if run.stops.found and (end := batch.remove(event.key)):
+                self._finish(model, run, end)
         elif event.kind == "end":
-            counts = run.counts(model.report(event.cache))
-            self._end(event.key, Update(run.stops.rest(), event.finish, counts))
-            _keep(model, job.ids[: run.start] + list(event.ids), event.cache)
+            self._finish(model, run, event)
         elif event.kind == "error" and event.error is not None:
             self._end(event.key, Update(error=_failure(event.error)))
+
+    def _finish(self, model: Model, run: Run, end: Event) -> None:
+        """Ends a job whose cache is whole, and stores that."""
+        stopped, ids = run.stops.found, run.job.ids[: run.start] + list(end.ids)
+        counts = run.counts(model.report(end.cache))
+        text = "" if stopped else run.stops.rest()
+        self._end(end.key, Update(text, "stop" if stopped else end.finish, counts))
+        _keep(model, ids, end.cache)
 
     def _end(self, key: int, update: Update) -> None:
         run = self._running.pop(key)
