@@ -8,7 +8,16 @@ from pathlib import Path
 
 import click
 
-from kvc.cli.options import backend_option, dtype_option, model_option
+from kvc.cli.options import (
+    backend_option,
+    chat_template_option,
+    dtype_option,
+    method_option,
+    model_option,
+    prefill_option,
+    prefill_step_option,
+    settings_option,
+)
 from kvc.cli.prompt import read_settings
 from kvc.cli.run import hush, load
 from kvc.errors import ConfigError
@@ -37,28 +46,10 @@ def read_size(option: str, text: str) -> int:
 @backend_option
 @model_option
 @click.option("--name", help="What requests call the model.  [default: as --model]")
-@click.option("--method", default="gear", show_default=True, help="Presets, joined by +.")
-@click.option(
-    "--set",
-    "settings",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="A parameter of the method, e.g. gear.bits=4; may be given again.",
-)
-@click.option(
-    "--prefill",
-    type=click.Choice(["exact", "stream"]),
-    default="exact",
-    show_default=True,
-    help="Compress a prompt when it ends, or piece by piece.",
-)
-@click.option(
-    "--prefill-step",
-    type=click.IntRange(16),
-    default=512,
-    show_default=True,
-    help="Tokens of a prompt in one piece.",
-)
+@method_option
+@settings_option
+@prefill_option
+@prefill_step_option
 @click.option(
     "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="Answers at a time."
 )
@@ -90,9 +81,7 @@ def read_size(option: str, text: str) -> int:
 @click.option(
     "--cache-dir-size", metavar="SIZE", default="20GB", show_default=True, help="Room there."
 )
-@click.option(
-    "--chat-template", metavar="FILE", help="A Jinja template in place of the model's own."
-)
+@chat_template_option
 @click.option("--api-key", envvar="KVC_API_KEY", help="What clients must show.  [or: $KVC_API_KEY]")
 @click.option(
     "--max-body", metavar="SIZE", default="8MB", show_default=True, help="Of a request, at most."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -51,7 +52,7 @@ class Sizes(NamedTuple):
         return "float64" if self.dtype == "float64" else "float32"
 
 
-class Archive:
+class Archive(ABC):
     """One place in a state, and what lies below it.
 
     Attributes:
@@ -67,7 +68,7 @@ class Archive:
         self.rows, self.columns, self.dtype = rows, columns, dtype
         self.place = ""
 
-    def begin(self, rows: int, dtype: str) -> None:
+    def begin(self, rows: int, dtype: str) -> None:  # noqa: B027 - not for readers
         """What the store has is of so many rows and of a dtype; a reader knows its own."""
 
     def at(self: Own, name: str) -> Own:
@@ -76,10 +77,11 @@ class Archive:
         below.place = f"{self.place}{name}."
         return below
 
+    @abstractmethod
     def value(self, name: str, x: Any) -> Any:
         """Anything that JSON has; what a file has must be checked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def array(
         self,
         name: str,
@@ -102,13 +104,12 @@ class Archive:
         Raises:
             CacheFileError: If it is not there or not like that.
         """
-        raise NotImplementedError
 
     def has(self, name: str, x: Any) -> bool:
         """Whether there is an array of that name; to be asked where there need be none."""
         return x is not None
 
-    def check_room(self, name: str, n: int) -> None:
+    def check_room(self, name: str, n: int) -> None:  # noqa: B027 - not for writers
         """That so many bytes can be there, before room is made for them."""
 
     def number(self, name: str, x: int, least: int, most: int) -> int:
